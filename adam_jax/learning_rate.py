@@ -1,0 +1,77 @@
+"""The last stage: the direction becomes a step downhill."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import signals
+
+
+class ScaleByLrState(NamedTuple):
+    """The state of `scale_by_lr`.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar that saturates. A constant learning rate
+        counts too, so that a checkpoint fits when a schedule takes its place.
+    """
+
+    count: jax.Array
+
+
+def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Multiply every update by minus the learning rate.
+
+    .. math:: u \mapsto -\alpha_t u
+
+    Args:
+      learning_rate: the step size :math:`\alpha`, finite and at least 0: a number, a 0-d array of
+        at least float32, or a schedule from the number of steps taken so far to the rate.
+
+    Returns:
+      A gradient transformation from updates to updates of the same dtype, with a `ScaleByLrState`.
+      The product is computed in at least float32.
+
+    Raises:
+      ValueError: if the rate is negative, infinite, NaN, not a scalar or in less than float32.
+      TypeError: if it is not a number, an array or a schedule; in `update`, if it gets `Moments`.
+
+    Example:
+      >>> import adam_jax, optax, jax.numpy as jnp
+      >>> stage = adam_jax.scale_by_lr(optax.linear_schedule(1.0, 0.5, transition_steps=1))
+      >>> state = stage.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...     update, state = stage.update(jnp.array([1.0, -1.0]), state)
+      ...     print(update)
+      [-1.  1.]
+      [-0.5  0.5]
+
+    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1, last line.
+    """
+    learning_rate = signals.check_hyperparameter("learning_rate", learning_rate, schedule=True)
+
+    def init_fn(params: optax.Params) -> ScaleByLrState:
+        del params
+        return ScaleByLrState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByLrState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByLrState]:
+        del params, extra_args
+        rate = learning_rate
+        if callable(rate):
+            rate = signals.check_scalar("learning_rate", rate(state.count))
+
+        def leaf(update):
+            dtype = signals.accumulator(update.dtype)
+            step = -signals.cast(rate, signals.real(dtype)) * update.astype(dtype)
+            return step.astype(update.dtype)
+
+        scaled = signals.map_updates("scale_by_lr", leaf, updates)
+        return scaled, ScaleByLrState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,232 @@
+"""What flows between the stages, and the checks on it.
+
+A gradient transformation maps a tree of updates to a tree of updates. Here a leaf of that tree is
+either a plain array or one `Moments`: the outer tree never changes, so every optax wrapper that
+selects leaves (`optax.masked`, `optax.partition`) works around one stage as well as around a chain.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class Moments(NamedTuple):
+    r"""The moments of one leaf: what `scale_by_moments` emits and the later stages read.
+
+    The signal carries its own weights, so that no later stage repeats a decay rate:
+    :math:`w_t = 1 - \prod_{s \le t} b_s` is the weight that the average has gathered so far, and
+    dividing by it is all of Adam's bias correction.
+
+    Attributes:
+      grad: the gradient of this step, shape and dtype of the leaf. The chain emits this dtype.
+      mu: the first moment, shape of the leaf, at least float32 (or complex64).
+      nu: the second moment, shape of the leaf, real, at least float32.
+      mu_decay: the decay rate of `mu` at this step, a scalar.
+      nu_decay: the decay rate of `nu` at this step, a scalar.
+      mu_weight: the weight gathered by `mu`, a scalar in (0, 1]; exactly 1 once debiased.
+      nu_weight: the weight gathered by `nu`, likewise.
+      mu_next_decay: the decay rate of `mu` at the next step, for Nesterov's look-ahead; None where
+        it cannot be known (a rate injected step by step), then `mu_decay` stands in for it.
+      mu_next_weight: the weight that `mu` will have gathered at the next step; None likewise.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> stage = adam_jax.scale_by_moments(b1=0.5, b2=0.75)
+      >>> params = jnp.zeros(2)
+      >>> moments, state = stage.update(jnp.array([1.0, 2.0]), stage.init(params))
+      >>> print(moments.mu, moments.nu)
+      [0.5 1. ] [0.25 1.  ]
+      >>> print(moments.mu_weight, moments.nu_weight)
+      0.5 0.25
+
+    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1 and section 3.
+    """
+
+    grad: jax.Array
+    mu: jax.Array
+    nu: jax.Array
+    mu_decay: jax.typing.ArrayLike
+    nu_decay: jax.typing.ArrayLike
+    mu_weight: jax.typing.ArrayLike
+    nu_weight: jax.typing.ArrayLike
+    mu_next_decay: jax.typing.ArrayLike | None = None
+    mu_next_weight: jax.typing.ArrayLike | None = None
+
+
+# --- Walking a tree of signals --------------------------------------------------------------------
+
+
+def map_moments(stage: str, fn: Callable[[Moments], Any], updates: optax.Updates) -> Any:
+    """`fn` on every `Moments` of the tree; a plain update is an error that names `stage`."""
+
+    def leaf(path, signal):
+        if not _is_moments(signal):
+            raise TypeError(
+                f"{stage} takes the Moments that adam_jax.scale_by_moments emits, but got a plain "
+                f"update{_at(path)}: put adam_jax.scale_by_moments(...) before {stage}."
+            )
+        return fn(signal)
+
+    return jax.tree_util.tree_map_with_path(leaf, updates, is_leaf=_is_moments)
+
+
+def map_updates(stage: str, fn: Callable[[jax.Array], Any], updates: optax.Updates) -> Any:
+    """`fn` on every plain update of the tree; a `Moments` is an error that names `stage`."""
+
+    def leaf(path, update):
+        _check_plain(stage, path, update)
+        return fn(jnp.asarray(update))
+
+    return jax.tree_util.tree_map_with_path(leaf, updates, is_leaf=_is_moments)
+
+
+def pick(field: str, moments: optax.Updates, like: optax.Updates) -> Any:
+    """One field of every `Moments`, in the dtypes of `like`: what a state keeps of a signal."""
+    return jax.tree.map(
+        lambda signal, kept: getattr(signal, field).astype(kept.dtype),
+        moments,
+        like,
+        is_leaf=_is_moments,
+    )
+
+
+def _is_moments(leaf: Any) -> bool:
+    return isinstance(leaf, Moments)
+
+
+# --- Checks on trees ------------------------------------------------------------------------------
+
+
+def check_params(stage: str, params: optax.Params, mu_dtype: Any | None) -> None:
+    """Only floating-point and complex parameters have gradients, and `mu_dtype` must hold those."""
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        dtype = jnp.result_type(param)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{stage} optimizes floating-point and complex parameters, but the parameter"
+                f"{_at(path)} is {dtype}: leave it out with optax.masked or optax.partition."
+            )
+        if mu_dtype is not None and _is_complex(mu_dtype) != _is_complex(dtype):
+            raise TypeError(
+                f"{stage} cannot keep the first moment of the {dtype} parameter{_at(path)} in "
+                f"mu_dtype={jnp.dtype(mu_dtype)}: treat it apart with optax.partition."
+            )
+
+
+def check_match(stage: str, updates: optax.Updates, mu: optax.Updates) -> None:
+    """Every gradient must have the place, shape and realness of the first moment kept for it."""
+    given, kept = _leaves_by_path(updates), _leaves_by_path(mu)
+    for path in {**kept, **given}:
+        got, due = given.get(path, _NOTHING), kept.get(path, _NOTHING)
+        _check_plain(stage, path, got)
+        if _kind(got) != _kind(due):
+            raise ValueError(
+                f"{stage} got gradients that do not match the parameters of init(): the leaf"
+                f"{_at(path)} was {_kind(due)} there, and its gradient is {_kind(got)}."
+            )
+
+
+_NOTHING = "nothing"
+
+
+def _check_plain(stage: str, path: tuple, update: Any) -> None:
+    if _is_moments(update):
+        raise TypeError(
+            f"{stage} takes plain updates, but got the Moments of adam_jax.scale_by_moments"
+            f"{_at(path)}: put adam_jax.bias_correct(...) between the two."
+        )
+
+
+def _leaves_by_path(tree: Any) -> dict[tuple, Any]:
+    # A None is a leaf here: a missing gradient must be told from a parameter that is None.
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda leaf: leaf is None or _is_moments(leaf)
+    )
+    return dict(leaves)
+
+
+def _kind(leaf: Any) -> str:
+    if leaf is None or leaf is _NOTHING:
+        return str(leaf)
+    return f"{'complex' if jnp.iscomplexobj(leaf) else 'real'} of shape {jnp.shape(leaf)}"
+
+
+def _is_complex(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.complexfloating)
+
+
+def _at(path: tuple) -> str:
+    return f" at {jax.tree_util.keystr(path)}" if path else ""
+
+
+# --- Hyperparameters and dtypes -------------------------------------------------------------------
+
+
+def check_hyperparameter(
+    name: str, value: Any, *, upper: float = math.inf, schedule: bool = False
+) -> Any:
+    """A Python number as a float in [0, upper); an array or a schedule as it is.
+
+    Numbers are checked for their range here, when the stage is built. The value of an array may be
+    traced, so only its shape and dtype are checked.
+    """
+    if callable(value) and schedule:
+        return value
+    if isinstance(value, int | float | np.number) and not isinstance(value, bool):
+        if not 0 <= value < upper:
+            due = "finite and at least 0" if upper == math.inf else f"in [0, {upper:g})"
+            raise ValueError(f"{name} must be {due}, got {value!r}.")
+        return float(value)
+    if isinstance(value, jax.Array | np.ndarray):
+        return check_scalar(name, value)
+    kinds = "a number, a 0-d array or a schedule" if schedule else "a number or a 0-d array"
+    raise TypeError(f"{name} must be {kinds}, got {value!r}.")
+
+
+def check_scalar(name: str, value: Any) -> jax.Array:
+    """A 0-d floating-point array of at least float32: in less, 0.999 is 1 and 1e-8 may be 0."""
+    array = jnp.asarray(value)
+    if array.ndim != 0:
+        raise ValueError(f"{name} must be a scalar, got an array of shape {array.shape}.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {array.dtype}.")
+    if jnp.finfo(array.dtype).bits < 32:
+        raise ValueError(
+            f"{name} must be at least float32, got {array.dtype}, which rounds 0.999 to "
+            f"{float(jnp.asarray(0.999, array.dtype)):g}. With optax.inject_hyperparams, pass "
+            f"hyperparam_dtype=jnp.float32."
+        )
+    return array
+
+
+def check_dtype(name: str, dtype: Any | None, kind: Any) -> Any | None:
+    """A dtype to keep a moment in, of the given kind, or None."""
+    if dtype is not None and not jnp.issubdtype(dtype, kind):
+        kinds = "floating-point" if kind is jnp.floating else "floating-point or complex"
+        raise ValueError(f"{name} must be a {kinds} dtype, got {dtype!r}.")
+    return dtype
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype to compute in: at least float32; float64 and complex keep theirs."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def wider(dtype: Any, other: Any) -> Any:
+    """The more precise of two dtypes, the first if they are equally precise."""
+    return other if jnp.finfo(other).bits > jnp.finfo(dtype).bits else dtype
+
+
+def real(dtype: Any) -> Any:
+    """The dtype of the absolute value."""
+    return jnp.finfo(dtype).dtype
+
+
+def cast(value: Any, dtype: Any) -> Any:
+    """An array in `dtype`; a Python number as it is, because it takes the dtype it meets."""
+    return value if isinstance(value, int | float) else jnp.asarray(value).astype(dtype)

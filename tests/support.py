@@ -1,0 +1,83 @@
+"""What several test files need: the table of tolerances, trees, gradients, and runners."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class Tolerance(NamedTuple):
+    rtol: float
+    atol: float
+    reason: str
+
+
+# Every comparison that is not bitwise takes its tolerance from here.
+TOLERANCES = {
+    "reference": Tolerance(
+        1e-12, 1e-12, "float64: the same formula in another library, 500 steps of other roundings"
+    ),
+    "algebra": Tolerance(
+        1e-11, 0.0, "float64: two sides of an identity, a few roundings through 1 - b**t"
+    ),
+    "fused": Tolerance(
+        1e-12,
+        1e-15,
+        "float64: XLA contracts multiply and add when it fuses, a few ulp in three steps",
+    ),
+    "moving": Tolerance(
+        1e-6, 0.0, "float32: the weight of a moving decay, the bound that the design promises"
+    ),
+    "bfloat16": Tolerance(
+        2**-7, 0.0, "bfloat16 keeps 8 bits: direction and update are each rounded once"
+    ),
+    "float16": Tolerance(
+        2**-10, 6e-8, "float16 keeps 11 bits above 6e-5: direction and update are rounded once"
+    ),
+}
+
+
+def assert_close(actual, expected, tolerance: str):
+    rtol, atol, reason = TOLERANCES[tolerance]
+    wide = lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)  # noqa: E731
+    jax.tree.map(
+        lambda a, e: np.testing.assert_allclose(
+            wide(a), wide(e), rtol=rtol, atol=atol, err_msg=reason
+        ),
+        actual,
+        expected,
+    )
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def random_params(dtype="float32", seed=0):
+    """A small tree with a matrix, a vector, a scalar and an empty leaf."""
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (13, 7), "bias": (7,), "scale": (), "empty": (0, 3)}
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+
+def random_grads(params, rng, low=-3, high=3):
+    """Gradients for `params`, all of one magnitude 10**u with u uniform in [low, high]."""
+    magnitude = 10 ** rng.uniform(low, high)
+    return jax.tree.map(lambda p: np.asarray(rng.normal(size=p.shape) * magnitude, p.dtype), params)
+
+
+def make_step(tx):
+    """One jitted step: update and apply. optax's own arithmetic is not strict about dtypes."""
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    def promoting(*args):
+        with jax.numpy_dtype_promotion("standard"):
+            return step(*args)
+
+    return promoting

@@ -1,0 +1,299 @@
+"""The laws of the algebra, on random gradients, rates and epsilons."""
+
+import math
+
+import adam_jax
+import chex
+import hypothesis.extra.numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support import assert_close, random_grads, random_params, stack
+
+STEPS, SIZE = 6, 4
+rates = st.one_of(st.just(0.0), st.floats(0.1, 0.9995))
+epsilons = st.sampled_from([0.0, 1e-12, 1e-8, 1e-3, 1.0])
+
+
+def gradients(low, high):
+    """A sequence of gradients with magnitudes in [low, high], both signs, and zeros."""
+    magnitudes = st.floats(low, high, allow_subnormal=False)
+    element = st.one_of(st.just(0.0), magnitudes, magnitudes.map(lambda x: -x))
+    return hnp.arrays(np.float64, (STEPS, SIZE), elements=element)
+
+
+def run(tx, sequence, dtype="float64"):
+    """The updates of every step, stacked; the parameters play no part in these chains."""
+    params = jnp.zeros(sequence.shape[1:], dtype)
+    state, updates = tx.init(params), []
+    for grads in jnp.asarray(sequence, dtype):
+        update, state = tx.update(grads, state)
+        updates.append(update)
+    return jnp.stack(updates)
+
+
+def moments_then(*stages, b1=0.9, b2=0.999):
+    return optax.chain(adam_jax.scale_by_moments(b1, b2), *stages)
+
+
+@given(gradients(1e-15, 1e15), rates, rates, epsilons, epsilons)
+@settings(max_examples=25)
+def test_bias_correct_is_debias_then_normalize(sequence, b1, b2, eps, eps_root):
+    """Law 2, bitwise."""
+    one = moments_then(adam_jax.bias_correct(eps=eps, eps_root=eps_root), b1=b1, b2=b2)
+    two = moments_then(
+        adam_jax.debias(), adam_jax.normalize(eps=eps, eps_root=eps_root), b1=b1, b2=b2
+    )
+    chex.assert_trees_all_equal(run(one, sequence, "float32"), run(two, sequence, "float32"))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("eps_root", [0.0, 1e-8])
+def test_bias_correct_is_debias_then_normalize_under_jit(eps, eps_root):
+    """Law 2, bitwise, in what XLA makes of the two."""
+    one = moments_then(adam_jax.bias_correct(eps=eps, eps_root=eps_root))
+    two = moments_then(adam_jax.debias(), adam_jax.normalize(eps=eps, eps_root=eps_root))
+    sequence = np.random.default_rng(8).normal(size=(100, 50))
+    one, two = (jax.jit(lambda sequence, tx=tx: run(tx, sequence, "float32")) for tx in (one, two))
+    chex.assert_trees_all_equal(one(sequence), two(sequence))
+
+
+@given(gradients(1e-3, 1e3), rates, rates, epsilons, epsilons)
+@settings(max_examples=25)
+def test_reordering(x64, sequence, b1, b2, eps, eps_root):
+    """Law 3: bias correction can be moved out of the division, into the step size and epsilons."""
+    corrected = moments_then(adam_jax.bias_correct(eps=eps, eps_root=eps_root), b1=b1, b2=b2)
+    for t, update in enumerate(run(corrected, sequence), start=1):
+        w1, w2 = 1 - b1**t, 1 - b2**t
+        plain = moments_then(
+            adam_jax.normalize(eps=eps * math.sqrt(w2), eps_root=eps_root * w2), b1=b1, b2=b2
+        )
+        assert_close(update, math.sqrt(w2) / w1 * run(plain, sequence[:t])[-1], "algebra")
+
+
+@given(gradients(1e-3, 1e3), rates, rates, epsilons, epsilons)
+@settings(max_examples=25)
+def test_eps_hat_is_a_scaled_epsilon(x64, sequence, b1, b2, eps, eps_root):
+    """Keras's convention is Adam's with epsilons divided by the gathered weight."""
+    hat = moments_then(
+        adam_jax.bias_correct(eps=eps, eps_root=eps_root, eps_hat=True), b1=b1, b2=b2
+    )
+    for t, update in enumerate(run(hat, sequence), start=1):
+        w2 = 1 - b2**t
+        scaled = moments_then(
+            adam_jax.bias_correct(eps=eps / math.sqrt(w2), eps_root=eps_root / w2), b1=b1, b2=b2
+        )
+        assert_close(update, run(scaled, sequence[:t])[-1], "algebra")
+
+
+@given(gradients(1e-15, 1e15), rates, rates)
+@settings(max_examples=25)
+def test_debias_is_idempotent(sequence, b1, b2):
+    """Law 4, bitwise, in every field of the signal."""
+    stage = adam_jax.scale_by_moments(b1, b2)
+    once, twice = (optax.chain(stage, *[adam_jax.debias()] * times) for times in (1, 2))
+    params = jnp.zeros(SIZE)
+    state_once, state_twice = once.init(params), twice.init(params)
+    for grads in jnp.asarray(sequence, jnp.float32):
+        signal_once, state_once = once.update(grads, state_once)
+        signal_twice, state_twice = twice.update(grads, state_twice)
+        chex.assert_trees_all_equal(signal_once, signal_twice)
+        assert signal_once.mu_weight == signal_once.nu_weight == 1
+
+
+@given(gradients(1e-6, 1e6), rates, rates, st.integers(-20, 20))
+@settings(max_examples=25)
+def test_scale_invariance_is_bitwise_for_powers_of_two(sequence, b1, b2, exponent):
+    """Law 5: with eps = 0 only the direction of the gradients counts, not their scale."""
+    tx = moments_then(adam_jax.bias_correct(eps=0), adam_jax.scale_by_lr(1e-3), b1=b1, b2=b2)
+    scaled = run(tx, sequence * 2.0**exponent, "float32")
+    chex.assert_trees_all_equal(run(tx, sequence, "float32"), scaled)
+
+
+@given(gradients(1e-6, 1e6), rates, rates, st.floats(1e-6, 1e6))
+@settings(max_examples=25)
+def test_scale_invariance(x64, sequence, b1, b2, scale):
+    """Law 5, for any positive factor."""
+    tx = moments_then(adam_jax.bias_correct(eps=0), adam_jax.scale_by_lr(1e-3), b1=b1, b2=b2)
+    assert_close(run(tx, sequence), run(tx, sequence * scale), "algebra")
+
+
+@given(gradients(1e-15, 1e15), rates, rates, st.floats(1e-6, 10))
+@settings(max_examples=25)
+def test_first_step_has_magnitude_alpha(x64, sequence, b1, b2, alpha):
+    """Law 6: whatever the gradient, and 0 where it is 0."""
+    tx = moments_then(adam_jax.bias_correct(eps=0), adam_jax.scale_by_lr(alpha), b1=b1, b2=b2)
+    assert_close(run(tx, sequence[:1]), -alpha * np.sign(sequence[:1]), "algebra")
+
+
+def step_bound(b1, b2):
+    """Cauchy and Schwarz: what m / sqrt(v) can reach before correction."""
+    return (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2))
+
+
+@given(
+    gradients(1e-15, 1e15),
+    st.floats(0.1, 0.9995).flatmap(
+        lambda b2: st.tuples(st.floats(0.0, 0.999 * math.sqrt(b2)), st.just(b2))
+    ),
+)
+@settings(max_examples=25)
+def test_no_step_exceeds_the_bound(x64, sequence, decays):
+    """Law 6: before correction the bound holds at every step, after it once the weights are 1.
+
+    The correction multiplies by sqrt(w2) / w1, which is checked with the bound it leads to.
+    """
+    b1, b2 = decays
+    uncorrected = run(moments_then(adam_jax.normalize(eps=0), b1=b1, b2=b2), sequence)
+    assert np.all(np.abs(uncorrected) <= step_bound(b1, b2) * (1 + 1e-9))
+    corrected = run(moments_then(adam_jax.bias_correct(eps=0), b1=b1, b2=b2), sequence)
+    steps = np.arange(1, STEPS + 1)[:, None]
+    factor = np.sqrt(1 - b2**steps) / (1 - b1**steps)
+    assert np.all(np.abs(corrected) <= step_bound(b1, b2) * factor * (1 + 1e-9))
+
+
+def test_the_worst_sequence_reaches_the_bound(x64):
+    """Law 6 at the defaults: 7.27, where section 2.1 of the paper says 3.16."""
+    b1, b2 = 0.9, 0.999
+    silence = np.zeros((10_000, 1))  # until both weights are 1
+    worst = np.concatenate([silence, (b2 / b1) ** np.arange(500.0)[:, None]])
+    tx = moments_then(adam_jax.bias_correct(eps=0), b1=b1, b2=b2)
+    params = jnp.zeros(1)
+    _, updates = jax.lax.scan(
+        lambda state, grads: tx.update(grads, state)[::-1], tx.init(params), jnp.asarray(worst)
+    )
+    largest = float(jnp.max(jnp.abs(updates)))
+    assert 7.27 == pytest.approx(step_bound(b1, b2), abs=0.005)
+    assert largest == pytest.approx(step_bound(b1, b2), rel=0.01)
+
+
+STAGES = {
+    "scale_by_moments": adam_jax.scale_by_moments(),
+    "debias": moments_then(adam_jax.debias()),
+    "nesterov": moments_then(adam_jax.nesterov()),
+    "normalize": moments_then(adam_jax.normalize()),
+    "bias_correct": moments_then(adam_jax.bias_correct()),
+    "bias_correct, eps_hat": moments_then(adam_jax.bias_correct(eps_hat=True)),
+    "scale_by_lr": adam_jax.scale_by_lr(1e-3),
+    "adam": adam_jax.adam(1e-3),
+    "adamw": adam_jax.adamw(1e-3),
+    "nadam": adam_jax.nadam(1e-3),
+    "nadamw": adam_jax.nadamw(1e-3),
+    "adam, moving rates": adam_jax.adam(1e-3, b1=jnp.float32(0.9), b2=lambda t: 0.99),
+}
+each_stage = pytest.mark.parametrize("tx", STAGES.values(), ids=STAGES.keys())
+
+
+def three_gradients(params):
+    rng = np.random.default_rng(5)
+    return [random_grads(params, rng) for _ in range(3)]
+
+
+def three_steps(tx, params, step=None):
+    """The outputs of three steps and the last state."""
+    step = step or tx.update
+    state, outputs = tx.init(params), []
+    for grads in three_gradients(params):
+        grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params)
+        output, state = step(grads, state, params)
+        outputs.append(output)
+    return outputs, state
+
+
+@each_stage
+def test_naturality(tx):
+    """Law 7: a stage on a tree is the stage on each leaf alone."""
+    params = random_params()
+    rng, state, alone = np.random.default_rng(6), tx.init(params), {}
+    for name, leaf in params.items():
+        alone[name] = tx.init(leaf)
+    for _ in range(3):
+        grads = random_grads(params, rng)
+        whole, state = tx.update(grads, state, params)
+        for name, leaf in params.items():
+            part, alone[name] = tx.update(grads[name], alone[name], leaf)
+            chex.assert_trees_all_equal(part, whole[name])
+
+
+@each_stage
+@pytest.mark.parametrize("params", [{}, (), {"a": None}, [None, {}]], ids=str)
+def test_empty_trees_pass_through(tx, params):
+    """Law 7."""
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates == params
+
+
+def test_nesting_of_chain_does_not_matter():
+    """Law 7."""
+    a, b, c = adam_jax.scale_by_moments(), adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-3)
+    params = random_params()
+    flat, _ = three_steps(optax.chain(a, b, c), params)
+    for nested in (optax.chain(optax.chain(a, b), c), optax.chain(a, optax.chain(b, c))):
+        chex.assert_trees_all_equal(three_steps(nested, params)[0], flat)
+
+
+@each_stage
+def test_jit_gives_the_same_numbers(tx, x64):
+    """Law 8."""
+    params = random_params("float64")
+    assert_close(three_steps(tx, params, jax.jit(tx.update)), three_steps(tx, params), "fused")
+
+
+@each_stage
+def test_scan_gives_the_same_numbers(tx, x64):
+    """Law 8; the carry also shows that no state leaf changes shape or dtype."""
+    params = random_params("float64")
+    state, stacked = jax.lax.scan(
+        lambda state, grads: tx.update(grads, state, params)[::-1],
+        tx.init(params),
+        stack(three_gradients(params)),
+    )
+    outputs, last = three_steps(tx, params)
+    assert_close(state, last, "fused")
+    for i, output in enumerate(outputs):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], stacked), output, "fused")
+
+
+@each_stage
+def test_vmap_gives_the_same_numbers(tx, x64):
+    """Law 8: three models at once."""
+    models = [random_params("float64", seed) for seed in range(3)]
+    rng = np.random.default_rng(7)
+    grads = [random_grads(model, rng) for model in models]
+
+    def step(params, grads):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    together = jax.vmap(step)(stack(models), stack(grads))
+    for i, (model, grad) in enumerate(zip(models, grads, strict=True)):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(model, grad), "fused")
+
+
+@each_stage
+def test_sharded_execution_gives_the_same_numbers(tx):
+    """Law 8: eight devices, bitwise the numbers of one, with the state where the parameters are."""
+    cpus = jax.devices("cpu")
+    assert len(cpus) == 8
+    sharding = NamedSharding(Mesh(np.array(cpus), ("data",)), PartitionSpec("data"))
+    params = {"kernel": jnp.ones((16, 3)), "bias": jnp.ones(8)}
+    params = jax.device_put(params, cpus[0])
+    with jax.default_device(cpus[0]):
+        alone, alone_state = three_steps(tx, params, jax.jit(tx.update))
+    sharded = jax.device_put(params, sharding)
+    state = tx.init(sharded)
+    for field in ("mu", "nu"):
+        for _, leaf in optax.tree.get_all_with_path(state, field):
+            for part in jax.tree.leaves(leaf):
+                assert part.sharding.is_equivalent_to(sharding, part.ndim)
+    together, together_state = three_steps(tx, sharded, jax.jit(tx.update))
+    chex.assert_trees_all_equal(
+        jax.device_get((together, together_state)), jax.device_get((alone, alone_state))
+    )
+    for leaf in jax.tree.leaves(together):
+        if leaf.ndim:
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
