@@ -68,10 +68,10 @@ def nesterov() -> optax.GradientTransformationExtraArgs:
 
 def debiased(moments: Moments) -> Moments:
     """`debias` on one leaf."""
-    dtype = moments.nu.dtype
+    mu, nu = moments.mu, moments.nu
     return moments._replace(
-        mu=moments.mu / signals.cast(moments.mu_weight, dtype),
-        nu=moments.nu / signals.cast(moments.nu_weight, dtype),
+        mu=mu / signals.cast(moments.mu_weight, mu.dtype),
+        nu=nu / signals.cast(moments.nu_weight, nu.dtype),
         mu_weight=1.0,
         nu_weight=1.0,
         mu_next_weight=1.0,
@@ -80,7 +80,7 @@ def debiased(moments: Moments) -> Moments:
 
 def looked_ahead(moments: Moments) -> Moments:
     """`nesterov` on one leaf."""
-    grad, mu, dtype = moments.grad, moments.mu, moments.nu.dtype
+    grad, mu, dtype = moments.grad, moments.mu, moments.mu.dtype
     decay, weight = moments.mu_decay, signals.cast(moments.mu_weight, dtype)
     next_decay, next_weight = moments.mu_next_decay, moments.mu_next_weight
     if next_decay is None:

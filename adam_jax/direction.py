@@ -88,9 +88,8 @@ def bias_correct(
     def corrected(moments: Moments) -> jax.Array:
         if not eps_hat:
             return normalized(debiased(moments), eps, eps_root)
-        mu_weight = signals.cast(moments.mu_weight, moments.nu.dtype)
-        nu_weight = signals.cast(moments.nu_weight, moments.nu.dtype)
-        mu = moments.mu * (jnp.sqrt(nu_weight) / mu_weight)
+        scale = jnp.sqrt(moments.nu_weight) / moments.mu_weight
+        mu = moments.mu * signals.cast(scale, moments.mu.dtype)
         return normalized(moments._replace(mu=mu), eps, eps_root)
 
     return stateless("bias_correct", corrected)
@@ -102,7 +101,8 @@ def normalized(
     """`normalize` on one leaf."""
     mu, nu = moments.mu, moments.nu
     root = sqrt(nu + signals.cast(eps_root, nu.dtype))
-    return divide(mu, root + signals.cast(eps, nu.dtype)).astype(moments.grad.dtype)
+    denominator = (root + signals.cast(eps, nu.dtype)).astype(mu.dtype)
+    return divide(mu, denominator).astype(moments.grad.dtype)
 
 
 @jax.custom_jvp

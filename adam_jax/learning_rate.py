@@ -68,7 +68,7 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
 
         def leaf(update):
             dtype = signals.accumulator(update.dtype)
-            step = -signals.cast(rate, signals.real(dtype)) * update.astype(dtype)
+            step = -signals.cast(rate, dtype) * update.astype(dtype)
             return step.astype(update.dtype)
 
         scaled = signals.map_updates("scale_by_lr", leaf, updates)

@@ -116,7 +116,8 @@ def scale_by_moments(
     Raises:
       ValueError: if a rate is outside [0, 1), not a scalar, or in less than float32; in `update`,
         if a gradient does not match the parameter that `init` was given, naming the leaf.
-      TypeError: if a rate is not a number, an array or a schedule; in `init`, if a parameter is
+      TypeError: if a rate is not a number, an array or a schedule, or the rule not a function; in
+        `init`, if a parameter is
         neither floating point nor complex, naming the leaf.
 
     Example:
@@ -138,6 +139,10 @@ def scale_by_moments(
     mu_dtype = signals.check_dtype("mu_dtype", mu_dtype, jnp.inexact)
     nu_dtype = signals.check_dtype("nu_dtype", nu_dtype, jnp.floating)
     rule = squared if second_moment is None else second_moment
+    if not callable(rule):
+        raise TypeError(
+            f"second_moment must be a function (grad, mu, nu, decay) -> nu, got {rule!r}."
+        )
 
     def init_fn(params: optax.Params) -> ScaleByMomentsState:
         signals.check_params("scale_by_moments", params, mu_dtype)
@@ -173,7 +178,7 @@ def scale_by_moments(
             grad = jnp.asarray(grad)
             dtype = signals.wider(signals.accumulator(grad.dtype), mu.dtype)
             g, mu, nu = grad.astype(dtype), mu.astype(dtype), nu.astype(signals.real(dtype))
-            mu_decay = signals.cast(mu_now.decay, nu.dtype)
+            mu_decay = signals.cast(mu_now.decay, dtype)
             nu_decay = signals.cast(nu_now.decay, nu.dtype)
             mu = (1 - mu_decay) * g + mu_decay * mu
             nu = rule(g, mu, nu, nu_decay)

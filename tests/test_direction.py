@@ -1,0 +1,122 @@
+"""The division: its derivative, its zeros, the dtype it emits."""
+
+import adam_jax
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close
+
+DIRECTIONS = {
+    "normalize": adam_jax.normalize(),
+    "bias_correct": adam_jax.bias_correct(),
+    "bias_correct, eps_hat": adam_jax.bias_correct(eps_hat=True),
+    "bias_correct, eps = 0": adam_jax.bias_correct(eps=0),
+    "debias, normalize": optax.chain(adam_jax.debias(), adam_jax.normalize()),
+    "nesterov, bias_correct": optax.chain(adam_jax.nesterov(), adam_jax.bias_correct()),
+}
+each_direction = pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS.keys())
+
+
+@each_direction
+@pytest.mark.parametrize("steps", [1, 3])
+def test_meta_gradient_at_a_zero_gradient_is_finite(direction, steps):
+    """Through a step whose gradient is 0; optax gives NaN there."""
+    tx = optax.chain(adam_jax.scale_by_moments(), direction, adam_jax.scale_by_lr(0.1))
+
+    def after(weights):
+        params, state = weights, tx.init(weights)
+        for _ in range(steps):
+            grads = jax.grad(lambda p: jnp.sum(weights[0] * p**2))(params)
+            updates, state = tx.update(grads, state)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params**2)
+
+    chex.assert_tree_all_finite(jax.grad(after)(jnp.array([2.0, 0.0])))
+    if steps == 1:  # the derivative is 1 / eps a step: two of three steps overflow float32
+        chex.assert_tree_all_finite(jax.hessian(after)(jnp.array([2.0, 0.0])))
+
+
+def test_optax_meta_gradient_is_nan():
+    """So that the test above is known to be able to fail."""
+    tx = optax.adam(0.1)
+    with jax.numpy_dtype_promotion("standard"):
+        meta = jax.grad(lambda g: jnp.sum(tx.update(g, tx.init(g))[0]))(jnp.zeros(1))
+    assert jnp.isnan(meta[0])
+
+
+def test_meta_gradient_elsewhere_is_the_exact_one(x64):
+    """The safe root has the derivative of the root: against finite differences."""
+    tx = adam_jax.adam(0.1)
+
+    def update(grads):
+        state = tx.init(grads)
+        _, state = tx.update(2 * grads, state)
+        return tx.update(grads**2, state)[0]
+
+    jax.test_util.check_grads(update, (jnp.array([0.3, -2.0, 5.0]),), order=2, rtol=1e-6)
+
+
+@each_direction
+def test_zero_gradients_give_zero(direction):
+    tx = optax.chain(adam_jax.scale_by_moments(), direction)
+    state = tx.init(jnp.zeros(3))
+    for _ in range(3):
+        update, state = tx.update(jnp.zeros(3), state)
+        chex.assert_trees_all_equal(jnp.abs(update), jnp.zeros(3))
+
+
+@each_direction
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_gradients_are_not_hidden(direction, bad):
+    """A NaN or an infinity reaches the update as NaN, where apply_if_finite can see it."""
+    tx = optax.chain(adam_jax.scale_by_moments(), direction)
+    update, _ = tx.update(jnp.array([1.0, bad]), tx.init(jnp.zeros(2)))
+    assert jnp.isfinite(update[0])
+    assert jnp.isnan(update[1])
+
+
+@each_direction
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "complex64"])
+def test_the_dtype_of_the_gradient_is_emitted(direction, dtype, x64):
+    tx = optax.chain(adam_jax.scale_by_moments(), direction)
+    grads = jnp.ones(2, dtype)
+    update, _ = tx.update(grads, tx.init(jnp.ones(2, dtype)))
+    assert update.dtype == grads.dtype
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_epsilons_may_be_arrays(eps):
+    grads = jnp.array([1.0, -2.0])
+    for stage in (adam_jax.normalize, adam_jax.bias_correct):
+        numbers = optax.chain(adam_jax.scale_by_moments(), stage(eps=eps, eps_root=eps))
+        arrays = optax.chain(
+            adam_jax.scale_by_moments(),
+            stage(eps=jnp.float32(eps), eps_root=jnp.float32(eps)),
+        )
+        chex.assert_trees_all_equal(
+            numbers.update(grads, numbers.init(grads))[0],
+            arrays.update(grads, arrays.init(grads))[0],
+        )
+
+
+def test_nesterov_after_debias_needs_no_weights(x64):
+    """With both weights 1 the look-ahead is b m + (1 - b) g, the simplified NAdam."""
+    tx = optax.chain(adam_jax.scale_by_moments(0.5, 0.5), adam_jax.debias(), adam_jax.nesterov())
+    moments, _ = tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))
+    assert_close(moments.mu, np.array([0.5 * 3.0 + 0.5 * 3.0]), "algebra")
+
+
+def test_nesterov_of_an_injected_rate_takes_it_to_stay(x64):
+    grads, rate = jnp.array([3.0]), jnp.float64(0.8)
+    constant, injected = (
+        optax.chain(adam_jax.scale_by_moments(b1=b1), adam_jax.nesterov()) for b1 in (0.8, rate)
+    )
+    states = constant.init(grads), injected.init(grads)
+    for _ in range(3):
+        one, state_one = constant.update(grads, states[0])
+        two, state_two = injected.update(grads, states[1])
+        states = state_one, state_two
+        assert_close(one.mu, two.mu, "algebra")

@@ -1,0 +1,90 @@
+"""The same numbers as PyTorch on the CPU, and as Keras's published formula, in float64."""
+
+import adam_jax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from support import assert_close
+
+STEPS = 500
+SHAPE = (5, 3)
+
+PAIRS = {
+    "adam": (
+        adam_jax.adam(1e-2, 0.8, 0.99, eps=1e-6),
+        lambda ps: torch.optim.Adam(ps, lr=1e-2, betas=(0.8, 0.99), eps=1e-6),
+    ),
+    "adam, defaults": (adam_jax.adam(1e-3), lambda ps: torch.optim.Adam(ps, lr=1e-3)),
+    "adam, L2": (
+        optax.chain(optax.add_decayed_weights(0.1), adam_jax.adam(1e-3)),
+        lambda ps: torch.optim.Adam(ps, lr=1e-3, weight_decay=0.1),
+    ),
+    "adamw": (
+        adam_jax.adamw(1e-2, weight_decay=0.1),
+        lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1),
+    ),
+}
+
+
+def train(tx, params, gradients):
+    step = jax.jit(tx.update)
+    state, trajectory = tx.init(params), []
+    for grads in gradients:
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+    return np.stack(trajectory)
+
+
+@pytest.fixture
+def problem(x64):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=SHAPE)), rng.normal(size=(STEPS, *SHAPE))
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+def test_torch(pair, problem):
+    ours, theirs = pair
+    params, gradients = problem
+    weights = torch.nn.Parameter(torch.tensor(np.asarray(params)))
+    optimizer, trajectory = theirs([weights]), []
+    for grads in gradients:
+        weights.grad = torch.tensor(grads)
+        optimizer.step()
+        trajectory.append(weights.detach().numpy().copy())
+    assert_close(train(ours, params, gradients), np.stack(trajectory), "reference")
+
+
+def keras_adam(weights, gradients, learning_rate, beta_1, beta_2, epsilon):
+    """Keras's documented Adam: epsilon is the paper's epsilon hat, next to the raw root of v."""
+    m, v, trajectory = np.zeros(SHAPE), np.zeros(SHAPE), []
+    for t, g in enumerate(gradients, start=1):
+        alpha = learning_rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
+        m += (g - m) * (1 - beta_1)
+        v += (g**2 - v) * (1 - beta_2)
+        weights = weights - alpha * m / (np.sqrt(v) + epsilon)
+        trajectory.append(weights)
+    return np.stack(trajectory)
+
+
+@pytest.mark.parametrize("eps", [1e-7, 1e-2])
+def test_keras(eps, problem):
+    params, gradients = problem
+    tx = optax.chain(
+        adam_jax.scale_by_moments(0.9, 0.999),
+        adam_jax.bias_correct(eps=eps, eps_hat=True),
+        adam_jax.scale_by_lr(1e-3),
+    )
+    expected = keras_adam(np.asarray(params), gradients, 1e-3, 0.9, 0.999, eps)
+    assert_close(train(tx, params, gradients), expected, "reference")
+
+
+def test_the_two_conventions_differ(problem):
+    """An epsilon of 1e-2 tells Keras from PyTorch, so the tests above can fail."""
+    params, gradients = problem
+    ours = train(adam_jax.adam(1e-3, eps=1e-2), params, gradients)
+    expected = keras_adam(np.asarray(params), gradients, 1e-3, 0.9, 0.999, 1e-2)
+    assert np.max(np.abs(ours - expected)) > 1e-5

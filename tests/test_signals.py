@@ -1,0 +1,280 @@
+"""Wrong calls: each says what was wrong and what to do, when the stage is built if it can."""
+
+import math
+
+import adam_jax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+
+
+def updated(tx, grads, params=PARAMS, pass_params=True):
+    return tx.update(grads, tx.init(params), *([params] if pass_params else []))
+
+
+def without(path):
+    grads = {"dense": dict(PARAMS["dense"])}
+    del grads["dense"][path]
+    return grads
+
+
+def with_bias(bias):
+    return {"dense": {"kernel": jnp.ones((2, 3)), "bias": bias}}
+
+
+BUILDING = {
+    "eps by position": (
+        lambda: adam_jax.bias_correct(0.9, 0.999),
+        TypeError,
+        "bias_correct() takes 0 positional arguments but 2 were given",
+    ),
+    "eps of normalize by position": (
+        lambda: adam_jax.normalize(1e-8),
+        TypeError,
+        "normalize() takes 0 positional arguments but 1 was given",
+    ),
+    "b1 of 1": (
+        lambda: adam_jax.scale_by_moments(b1=1.0),
+        ValueError,
+        "b1 must be in [0, 1), got 1.0.",
+    ),
+    "b2 below 0": (
+        lambda: adam_jax.adam(1e-3, b2=-0.1),
+        ValueError,
+        "b2 must be in [0, 1), got -0.1.",
+    ),
+    "b1 not a number": (
+        lambda: adam_jax.scale_by_moments(b1=math.nan),
+        ValueError,
+        "b1 must be in [0, 1), got nan.",
+    ),
+    "b1 and b2 in a tuple, as in torch": (
+        lambda: adam_jax.adam(1e-3, (0.9, 0.999)),
+        TypeError,
+        "b1 must be a number, a 0-d array or a schedule, got (0.9, 0.999).",
+    ),
+    "eps not a number": (
+        lambda: adam_jax.bias_correct(eps=math.nan),
+        ValueError,
+        "eps must be finite and at least 0, got nan.",
+    ),
+    "eps infinite": (
+        lambda: adam_jax.adam(1e-3, eps=math.inf),
+        ValueError,
+        "eps must be finite and at least 0, got inf.",
+    ),
+    "eps_root below 0": (
+        lambda: adam_jax.normalize(eps_root=-1e-8),
+        ValueError,
+        "eps_root must be finite and at least 0, got -1e-08.",
+    ),
+    "eps a schedule": (
+        lambda: adam_jax.bias_correct(eps=abs),
+        TypeError,
+        "eps must be a number or a 0-d array, got <built-in function abs>.",
+    ),
+    "eps missing": (
+        lambda: adam_jax.bias_correct(eps=None),
+        TypeError,
+        "eps must be a number or a 0-d array, got None.",
+    ),
+    "learning rate a word": (
+        lambda: adam_jax.scale_by_lr("fast"),
+        TypeError,
+        "learning_rate must be a number, a 0-d array or a schedule, got 'fast'.",
+    ),
+    "learning rate with its own minus": (
+        lambda: adam_jax.scale_by_lr(-1e-3),
+        ValueError,
+        "learning_rate must be finite and at least 0, got -0.001.",
+    ),
+    "learning rate True": (
+        lambda: adam_jax.adam(True),
+        TypeError,
+        "learning_rate must be a number, a 0-d array or a schedule, got True.",
+    ),
+    "weight decay below 0": (
+        lambda: adam_jax.adamw(1e-3, weight_decay=-0.1),
+        ValueError,
+        "weight_decay must be finite and at least 0, got -0.1.",
+    ),
+    "learning rate for every leaf": (
+        lambda: adam_jax.scale_by_lr(jnp.ones(3)),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,).",
+    ),
+    "b1 an integer array": (
+        lambda: adam_jax.scale_by_moments(jnp.asarray(0)),
+        TypeError,
+        "b1 must be floating point, got int32.",
+    ),
+    "b2 in bfloat16": (
+        lambda: adam_jax.scale_by_moments(b2=jnp.asarray(0.999, jnp.bfloat16)),
+        ValueError,
+        "b2 must be at least float32, got bfloat16, which rounds 0.999 to 1. With "
+        "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32.",
+    ),
+    "mu_dtype an integer": (
+        lambda: adam_jax.adam(1e-3, mu_dtype="int8"),
+        ValueError,
+        "mu_dtype must be a floating-point or complex dtype, got 'int8'.",
+    ),
+    "nu_dtype complex": (
+        lambda: adam_jax.adam(1e-3, nu_dtype="complex64"),
+        ValueError,
+        "nu_dtype must be a floating-point dtype, got 'complex64'.",
+    ),
+    "the rule called": (
+        lambda: adam_jax.scale_by_moments(second_moment=0.999),
+        TypeError,
+        "second_moment must be a function (grad, mu, nu, decay) -> nu, got 0.999.",
+    ),
+}
+
+RUNNING = {
+    "no bias_correct": (
+        lambda: updated(
+            optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_lr(1e-3)), PARAMS
+        ),
+        TypeError,
+        "scale_by_lr takes plain updates, but got the Moments of adam_jax.scale_by_moments at "
+        "['dense']['bias']: put adam_jax.bias_correct(...) between the two.",
+    ),
+    "bias_correct first": (
+        lambda: updated(optax.chain(adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-3)), PARAMS),
+        TypeError,
+        "bias_correct takes the Moments that adam_jax.scale_by_moments emits, but got a plain "
+        "update at ['dense']['bias']: put adam_jax.scale_by_moments(...) before bias_correct.",
+    ),
+    "bias_correct twice": (
+        lambda: updated(
+            optax.chain(
+                adam_jax.scale_by_moments(), adam_jax.bias_correct(), adam_jax.bias_correct()
+            ),
+            PARAMS,
+        ),
+        TypeError,
+        "bias_correct takes the Moments that adam_jax.scale_by_moments emits, but got a plain "
+        "update at ['dense']['bias']: put adam_jax.scale_by_moments(...) before bias_correct.",
+    ),
+    "moments of moments": (
+        lambda: updated(
+            optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_moments()), PARAMS
+        ),
+        TypeError,
+        "scale_by_moments takes plain updates, but got the Moments of adam_jax.scale_by_moments at "
+        "['dense']['bias']: put adam_jax.bias_correct(...) between the two.",
+    ),
+    "debias of a bare array": (
+        lambda: updated(adam_jax.debias(), jnp.ones(2), jnp.ones(2)),
+        TypeError,
+        "debias takes the Moments that adam_jax.scale_by_moments emits, but got a plain update: "
+        "put adam_jax.scale_by_moments(...) before debias.",
+    ),
+    "adamw without params": (
+        lambda: updated(adam_jax.adamw(1e-3), PARAMS, pass_params=False),
+        ValueError,
+        "You are using a transformation that requires the current value of parameters, but you "
+        "are not passing `params` when calling `update`.",
+    ),
+    "integer parameters": (
+        lambda: adam_jax.adam(1e-3).init({"step": jnp.asarray(3), "w": jnp.ones(2)}),
+        TypeError,
+        "scale_by_moments optimizes floating-point and complex parameters, but the parameter at "
+        "['step'] is int32: leave it out with optax.masked or optax.partition.",
+    ),
+    "complex parameter, real mu_dtype": (
+        lambda: adam_jax.adam(1e-3, mu_dtype="bfloat16").init({"w": jnp.ones(2, "complex64")}),
+        TypeError,
+        "scale_by_moments cannot keep the first moment of the complex64 parameter at ['w'] in "
+        "mu_dtype=bfloat16: treat it apart with optax.partition.",
+    ),
+    "a gradient missing": (
+        lambda: updated(adam_jax.adam(1e-3), without("bias")),
+        ValueError,
+        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
+        "['dense']['bias'] was real of shape (3,) there, and its gradient is nothing.",
+    ),
+    "a gradient too many": (
+        lambda: updated(adam_jax.adam(1e-3), PARAMS | {"head": jnp.ones(1)}),
+        ValueError,
+        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
+        "['head'] was nothing there, and its gradient is real of shape (1,).",
+    ),
+    "a None gradient": (
+        lambda: updated(adam_jax.adam(1e-3), with_bias(None)),
+        ValueError,
+        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
+        "['dense']['bias'] was real of shape (3,) there, and its gradient is None.",
+    ),
+    "a gradient that would broadcast": (
+        lambda: updated(adam_jax.adam(1e-3), with_bias(jnp.ones(1))),
+        ValueError,
+        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
+        "['dense']['bias'] was real of shape (3,) there, and its gradient is real of shape (1,).",
+    ),
+    "a complex gradient": (
+        lambda: updated(adam_jax.adam(1e-3), with_bias(jnp.ones(3, "complex64"))),
+        ValueError,
+        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
+        "['dense']['bias'] was real of shape (3,) there, and its gradient is complex of shape "
+        "(3,).",
+    ),
+    "a schedule of rates for every leaf": (
+        lambda: updated(adam_jax.adam(lambda count: jnp.ones(3)), PARAMS),
+        ValueError,
+        "learning_rate must be a scalar, got an array of shape (3,).",
+    ),
+    "a schedule in float16": (
+        lambda: updated(adam_jax.adam(1e-3, b1=lambda count: np.float16(0.9)), PARAMS),
+        ValueError,
+        "b1 must be at least float32, got float16, which rounds 0.999 to 0.999023. With "
+        "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*BUILDING.values(), *RUNNING.values()], ids=[*BUILDING, *RUNNING])
+def test_wrong_calls(case):
+    call, error, message = case
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_messages_under_jit_are_the_same():
+    tx = optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_lr(1e-3))
+    with pytest.raises(TypeError, match=r"put adam_jax.bias_correct\(...\) between the two"):
+        jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
+
+
+def test_other_containers_are_refused():
+    """The leaves agree, the containers do not: JAX's own message names both."""
+    tx = adam_jax.adam(1e-3)
+    with pytest.raises(ValueError, match="tuple"):
+        tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
+
+
+def test_traced_hyperparameters_are_not_checked():
+    """Only their shape and dtype are known."""
+
+    @jax.jit
+    def first_step(b1):
+        tx = adam_jax.adam(1.0, b1=b1)
+        return tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0]
+
+    assert first_step(jnp.float32(0.5)) == pytest.approx(-1, rel=1e-4)
+
+
+def test_numbers_of_every_kind():
+    for number in (1, 1.0, np.float32(1), np.float64(1), np.int32(1), jnp.float32(1), np.ones(())):
+        if isinstance(number, np.ndarray):
+            number = number.astype(np.float32)
+        tx = adam_jax.adam(number, eps=number)
+        updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+        assert updates.dtype == jnp.float32
+        assert updates[0] == pytest.approx(-0.5, rel=1e-4)
