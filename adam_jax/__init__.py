@@ -15,24 +15,24 @@ __version__ = "0.1.0"
 __all__ = [
     # the signal
     "Moments",
-    # gradients to moments
-    "scale_by_moments",
-    "squared",
-    # moments to moments
-    "debias",
-    "nesterov",
-    # moments to updates
-    "normalize",
-    "bias_correct",
-    # updates to updates
-    "scale_by_lr",
+    "ScaleByLrState",
     # the states
     "ScaleByMomentsState",
-    "ScaleByLrState",
     "Weight",
     # whole optimizers, one chain each
     "adam",
     "adamw",
+    "bias_correct",
+    # moments to moments
+    "debias",
     "nadam",
     "nadamw",
+    "nesterov",
+    # moments to updates
+    "normalize",
+    # updates to updates
+    "scale_by_lr",
+    # gradients to moments
+    "scale_by_moments",
+    "squared",
 ]

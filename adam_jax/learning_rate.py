@@ -17,7 +17,7 @@ class ScaleByLrState(NamedTuple):
         counts too, so that a checkpoint fits when a schedule takes its place.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
 
 
 def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:

@@ -37,7 +37,7 @@ def squared(
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1.
     """
     del mu
-    return (1 - decay) * (jnp.conj(grad) * grad).real + decay * nu
+    return (1 - decay) * jnp.real(jnp.conj(grad) * grad) + decay * nu
 
 
 class Weight(NamedTuple):
@@ -72,7 +72,7 @@ class ScaleByMomentsState(NamedTuple):
       nu_weight: likewise for `nu` and `b2`.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     mu: optax.Updates
     nu: optax.Updates
     mu_weight: Weight | None

@@ -1,6 +1,5 @@
 """The division: its derivative, its zeros, the dtype it emits."""
 
-import adam_jax
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 from support import assert_close
+
+import adam_jax
 
 DIRECTIONS = {
     "normalize": adam_jax.normalize(),

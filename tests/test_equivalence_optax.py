@@ -2,7 +2,6 @@
 
 import inspect
 
-import adam_jax
 import chex
 import flax.linen as nn
 import jax
@@ -11,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from support import make_step, random_grads, random_params, stack
+
+import adam_jax
 
 STEPS = 2000
 SCHEDULE = optax.warmup_cosine_decay_schedule(1e-5, 1e-2, 200, STEPS)

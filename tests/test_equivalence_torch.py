@@ -1,6 +1,5 @@
 """The same numbers as PyTorch on the CPU, and as Keras's published formula, in float64."""
 
-import adam_jax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,8 @@ import optax
 import pytest
 import torch
 from support import assert_close
+
+import adam_jax
 
 STEPS = 500
 SHAPE = (5, 3)

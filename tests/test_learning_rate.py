@@ -1,11 +1,12 @@
 """scale_by_lr: constants, arrays and schedules."""
 
-import adam_jax
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+
+import adam_jax
 
 
 def test_schedule_starts_at_zero_and_counts():

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import adam_jax
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 from support import TOLERANCES, assert_close, random_grads, random_params
+
+import adam_jax
 
 # --- Trees ----------------------------------------------------------------------------------------
 

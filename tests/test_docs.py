@@ -1,0 +1,47 @@
+"""The README's Python blocks run in their order, and every public name is documented."""
+
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import adam_jax
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def test_readme_blocks_run():
+    assert BLOCKS
+    session: dict = {}
+    with jax.numpy_dtype_promotion("standard"):  # as a reader's session is
+        for block in BLOCKS:
+            exec(compile(block, "README.md", "exec"), session)
+
+
+@pytest.mark.parametrize("name", adam_jax.__all__)
+def test_public_docstrings(name):
+    """One line of what; functions also their arguments, result, example and source."""
+    thing = getattr(adam_jax, name)
+    doc = inspect.getdoc(thing)
+    assert doc
+    assert doc.splitlines()[0].endswith((".", ":"))
+    if inspect.isfunction(thing):
+        sections = ["Returns:", "Example:", "Source:"]
+        if inspect.signature(thing).parameters:
+            sections.append("Args:")
+        for section in sections:
+            assert section in doc, f"{name} has no {section}"
+        assert ">>>" in doc
+        for parameter in inspect.signature(thing).parameters:
+            assert f"{parameter}:" in doc, f"{name} does not document {parameter}"
+
+
+def test_no_runtime_dependency_but_jax_and_optax():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[<>=\[]", requirement)[0] for requirement in project["dependencies"]}
+    assert names == {"jax", "jaxlib", "optax"}

@@ -1,0 +1,142 @@
+"""The examples, run as a user runs them."""
+
+import gzip
+import os
+import runpy
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(example, *arguments, cwd):
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / example), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def idx(array):
+    return struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A small full set: four IDX files, two of them gzipped."""
+    rng = np.random.default_rng(0)
+    directory = tmp_path / "digits"
+    directory.mkdir()
+    for part, count in (("train", 128), ("t10k", 64)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = rng.integers(0, 10, count, dtype=np.uint8)
+        (directory / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        (directory / f"{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    return directory
+
+
+@pytest.mark.parametrize("loss", ["cross-entropy", "mse"])
+def test_mnist_on_the_shipped_digits(tmp_path, loss):
+    """Both optimizers learn, and agree to the last bit."""
+    done = run("mnist.py", "--epochs", 3, "--loss", loss, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()[0].isdigit()]
+    epochs, totals = rows[:3], done.stdout.splitlines()[-2]
+    assert [row[0] for row in epochs] == ["1", "2", "3"]
+    assert float(epochs[2][1]) < float(epochs[0][1])
+    assert float(epochs[2][2].rstrip("%")) > 88
+    assert all(row[4] == "0" for row in epochs)
+    assert "186 steps" in totals
+    assert totals.endswith("largest difference of a weight 0")
+    assert (tmp_path / "mnist.png").stat().st_size > 10_000
+    assert "epoch 3" in done.stderr  # the progress bar
+
+
+def test_mnist_on_idx_files(tmp_path, digits):
+    done = run("mnist.py", "--data-dir", digits, "--epochs", 1, "--plot", "one.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "128 digits to train, 64 to test" in done.stdout
+    assert (tmp_path / "one.png").exists()
+
+
+def broken(digits, problem):
+    """Break one file, and say what must be complained of."""
+    images = digits / "train-images-idx3-ubyte"
+    labels = digits / "t10k-labels-idx1-ubyte.gz"
+    match problem:
+        case "no directory":
+            return digits / "elsewhere", "There is no directory"
+        case "missing":
+            images.unlink()
+            return digits, "has neither train-images-idx3-ubyte nor train-images-idx3-ubyte.gz."
+        case "truncated":
+            images.write_bytes(images.read_bytes()[:-1])
+            return digits, "train-images-idx3-ubyte is truncated: 100367 bytes, its header says"
+        case "empty":
+            images.write_bytes(b"")
+            return digits, "train-images-idx3-ubyte is truncated: 0 bytes, its header has 16."
+        case "too long":
+            images.write_bytes(images.read_bytes() + b"x")
+            return digits, "train-images-idx3-ubyte is too long: 100369 bytes"
+        case "wrong magic number":
+            images.write_bytes(b"\0\0\x08\x01" + images.read_bytes()[4:])
+            return digits, "train-images-idx3-ubyte starts with the magic number 2049"
+        case "truncated gzip":
+            labels.write_bytes(labels.read_bytes()[:-9])
+            return digits, "t10k-labels-idx1-ubyte.gz is not a whole gzip file"
+        case "not gzip":
+            labels.write_bytes(b"not gzip")
+            return digits, "t10k-labels-idx1-ubyte.gz is not a whole gzip file"
+        case "counts":
+            labels.write_bytes(gzip.compress(idx(np.zeros(63, np.uint8))))
+            return digits, "has 64 t10k images but 63 t10k labels."
+        case "label":
+            labels.write_bytes(gzip.compress(idx(np.full(64, 10, np.uint8))))
+            return digits, "has a t10k label 10, not a digit."
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "no directory",
+        "missing",
+        "truncated",
+        "empty",
+        "too long",
+        "wrong magic number",
+        "truncated gzip",
+        "not gzip",
+        "counts",
+        "label",
+    ],
+)
+def test_mnist_says_what_is_wrong_with_the_data(digits, problem, monkeypatch, capsys):
+    """One clear sentence and exit code 2, before anything else is printed."""
+    directory, complaint = broken(digits, problem)
+    example = runpy.run_path(str(EXAMPLES / "mnist.py"))
+    monkeypatch.setattr(sys, "argv", ["mnist.py", "--data-dir", str(directory)])
+    with pytest.raises(SystemExit) as stopped:
+        example["main"]()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.err.startswith("mnist.py: ")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_mnist_help(tmp_path):
+    done = run("mnist.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for option in ("--data-dir", "--loss", "--epochs", "--plot", "article"):
+        assert option in done.stdout
