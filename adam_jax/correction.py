@@ -95,8 +95,12 @@ def looked_ahead(moments: Moments) -> Moments:
 def stateless(stage: str, leaf: Any) -> optax.GradientTransformationExtraArgs:
     """A stage without state: `leaf` on every `Moments` of the tree."""
 
+    def init_fn(params):
+        del params
+        return optax.EmptyState()
+
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         return signals.map_moments(stage, leaf, updates), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -10,12 +10,10 @@ import optax
 from adam_jax import signals
 from adam_jax.signals import Moments
 
-SecondMoment = Callable[[jax.Array, jax.Array, jax.Array, jax.typing.ArrayLike], jax.Array]
+SecondMoment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
 
 
-def squared(
-    grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.typing.ArrayLike
-) -> jax.Array:
+def squared(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float) -> jax.Array:
     r"""Adam's second moment, the moving average of the squared gradient.
 
     .. math:: v_t = (1 - b_2) |g_t|^2 + b_2 v_{t-1}

@@ -120,6 +120,7 @@ def broken(digits, problem):
         "label",
     ],
 )
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older matplotlib, newer pyparsing
 def test_mnist_says_what_is_wrong_with_the_data(digits, problem, monkeypatch, capsys):
     """One clear sentence and exit code 2, before anything else is printed."""
     directory, complaint = broken(digits, problem)
