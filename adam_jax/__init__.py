@@ -3,36 +3,120 @@
 gradient ──scale_by_moments──▶ Moments ──bias_correct──▶ direction ──scale_by_lr──▶ update
 """
 
-from adam_jax.correction import debias, nesterov
-from adam_jax.direction import bias_correct, normalize
-from adam_jax.learning_rate import ScaleByLrState, scale_by_lr
-from adam_jax.moments import ScaleByMomentsState, Weight, scale_by_moments, squared
-from adam_jax.optimizers import adam, adamw, nadam, nadamw
-from adam_jax.signals import Moments
+from adam_jax.correction import (
+    MixSlowMomentState,
+    NesterovState,
+    RunningMaxState,
+    cautious,
+    center,
+    debias,
+    delay,
+    floor,
+    interpolate,
+    mix_slow_moment,
+    nesterov,
+    running_max,
+)
+from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
+from adam_jax.learning_rate import (
+    ClipByScheduleState,
+    ScaleByLrState,
+    clip_by_schedule,
+    scale_by_lr,
+)
+from adam_jax.moments import (
+    ScaleByMomentsState,
+    Weight,
+    accumulated,
+    belief,
+    infinity,
+    scale_by_moments,
+    squared,
+)
+from adam_jax.optimizers import (
+    adabelief,
+    adagrad,
+    adam,
+    adam_atan2,
+    adamax,
+    adamaxw,
+    adamw,
+    ademamix,
+    adopt,
+    amsgrad,
+    cautious_adamw,
+    lamb,
+    laprop,
+    lion,
+    momentum,
+    nadam,
+    nadamw,
+    radam,
+    rmsprop,
+    sgd,
+    yogi,
+)
+from adam_jax.signals import Last, Moments
 
 __version__ = "0.1.0"
 
 __all__ = [
     # the signal
     "Moments",
-    "ScaleByLrState",
+    "Last",
+    # gradients to moments, and the rules for the second one (`moments.yogi` is the fifth)
+    "scale_by_moments",
+    "squared",
+    "belief",
+    "infinity",
+    "accumulated",
+    # moments to moments
+    "debias",
+    "nesterov",
+    "running_max",
+    "center",
+    "delay",
+    "floor",
+    "interpolate",
+    "mix_slow_moment",
+    "cautious",
+    # moments to updates
+    "normalize",
+    "bias_correct",
+    "rectify",
+    "atan2",
+    "first_moment",
+    # updates to updates
+    "clip_by_schedule",
+    "scale_by_lr",
     # the states
     "ScaleByMomentsState",
     "Weight",
-    # whole optimizers, one chain each
+    "NesterovState",
+    "RunningMaxState",
+    "MixSlowMomentState",
+    "ClipByScheduleState",
+    "ScaleByLrState",
+    # whole optimizers, one chain each (`optimizers.nesterov` is one more)
+    "sgd",
+    "momentum",
+    "adagrad",
+    "rmsprop",
     "adam",
     "adamw",
-    "bias_correct",
-    # moments to moments
-    "debias",
     "nadam",
     "nadamw",
-    "nesterov",
-    # moments to updates
-    "normalize",
-    # updates to updates
-    "scale_by_lr",
-    # gradients to moments
-    "scale_by_moments",
-    "squared",
+    "amsgrad",
+    "radam",
+    "adabelief",
+    "adamax",
+    "adamaxw",
+    "yogi",
+    "lamb",
+    "adam_atan2",
+    "laprop",
+    "adopt",
+    "ademamix",
+    "lion",
+    "cautious_adamw",
 ]

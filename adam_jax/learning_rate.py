@@ -1,4 +1,4 @@
-"""The last stage: the direction becomes a step downhill."""
+"""Stages on plain updates: the direction becomes a step downhill."""
 
 from typing import Any, NamedTuple
 
@@ -73,5 +73,63 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
 
         scaled = signals.map_updates("scale_by_lr", leaf, updates)
         return scaled, ScaleByLrState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ClipByScheduleState(NamedTuple):
+    """The state of `clip_by_schedule`.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar that saturates.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+
+
+def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    r"""Clip every element to a limit that moves (`optax.clip` is for one that stays).
+
+    .. math:: u \mapsto \min(\max(u, -c_t), c_t)
+
+    Args:
+      limit: a schedule from the number of steps taken so far to the limit :math:`c_t`.
+
+    Returns:
+      A gradient transformation from real updates to updates of the same dtype, with a
+      `ClipByScheduleState`.
+
+    Raises:
+      TypeError: if `limit` is not a schedule; in `update`, if it gets `Moments`.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> stage = adam_jax.clip_by_schedule(lambda count: count.astype(float) ** 0.25)
+      >>> state = stage.init(jnp.zeros(2))
+      >>> for _ in range(2):
+      ...     update, state = stage.update(jnp.array([2.0, -0.5]), state)
+      ...     print(update)
+      [ 0. -0.]
+      [ 1.  -0.5]
+
+    Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
+    """
+    if not callable(limit):
+        raise TypeError(f"limit must be a schedule, got {limit!r}; for a constant use optax.clip.")
+
+    def init_fn(params):
+        del params
+        return ClipByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        most = signals.check_scalar("limit", limit(state.count))
+
+        def leaf(update):
+            bound = most.astype(update.dtype)
+            return jnp.clip(update, -bound, bound)
+
+        clipped = signals.map_updates("clip_by_schedule", leaf, updates)
+        return clipped, ClipByScheduleState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import signals
-from adam_jax.signals import Moments
+from adam_jax.signals import Last, Moments
 
 SecondMoment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
 
@@ -38,6 +38,128 @@ def squared(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | fl
     return (1 - decay) * jnp.real(jnp.conj(grad) * grad) + decay * nu
 
 
+def belief(
+    grad: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    decay: jax.Array | float,
+    *,
+    eps_root: signals.Scalar = 0.0,
+) -> jax.Array:
+    r"""AdaBelief's second moment: how far the gradient is from what the first moment expects.
+
+    .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
+
+    Args:
+      grad: the gradient :math:`g_t` of one leaf.
+      mu: the first moment :math:`m_t`, already updated.
+      nu: the second moment :math:`v_{t-1}`, real.
+      decay: the rate :math:`b_2`, a scalar.
+      eps_root: added at every step, to the moment that is kept. Default 0.
+
+    Returns:
+      The second moment :math:`v_t`, shape and dtype of `nu`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(belief(jnp.array([2.0]), jnp.array([1.0]), jnp.array([0.0]), 0.75))
+      [0.25]
+
+    Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
+    """
+    return squared(grad - mu, mu, nu, decay) + signals.cast(eps_root, nu.dtype)
+
+
+def yogi(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float) -> jax.Array:
+    r"""Yogi's second moment: it moves by a share of the squared gradient, however far it is off.
+
+    .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
+
+    Args:
+      grad: the gradient :math:`g_t` of one leaf.
+      mu: the first moment, not used by this rule.
+      nu: the second moment :math:`v_{t-1}`, real.
+      decay: the rate :math:`b_2`, a scalar.
+
+    Returns:
+      The second moment :math:`v_t`, shape and dtype of `nu`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(yogi(jnp.array([2.0]), jnp.zeros(1), jnp.array([1.0]), 0.75))
+      [2.]
+
+    Source: Zaheer et al., "Adaptive Methods for Nonconvex Optimization" (NeurIPS 2018), section 4.
+    """
+    del mu
+    square = jnp.real(jnp.conj(grad) * grad)
+    return nu - (1 - decay) * jnp.sign(nu - square) * square
+
+
+def infinity(
+    grad: jax.Array,
+    mu: jax.Array,
+    nu: jax.Array,
+    decay: jax.Array | float,
+    *,
+    eps: signals.Scalar = 0.0,
+) -> jax.Array:
+    r"""Adamax's second moment, the square of the decaying maximum of the gradient.
+
+    .. math:: \sqrt{v_t} = \max(b_2 \sqrt{v_{t-1}}, |g_t| + \varepsilon)
+
+    A maximum gathers no weight: follow it with ``debias(nu=False)`` and ``normalize(eps=0)``.
+
+    Args:
+      grad: the gradient :math:`g_t` of one leaf.
+      mu: the first moment, not used by this rule.
+      nu: the second moment :math:`v_{t-1}`, real.
+      decay: the rate :math:`b_2`, a scalar.
+      eps: added to the magnitude of the gradient. Default 0.
+
+    Returns:
+      The second moment :math:`v_t`, shape and dtype of `nu`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(infinity(jnp.array([2.0]), jnp.zeros(1), jnp.array([36.0]), 0.5))
+      [9.]
+
+    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), section 7.1.
+    """
+    del mu
+    return jnp.maximum(decay**2 * nu, jnp.square(jnp.abs(grad) + signals.cast(eps, nu.dtype)))
+
+
+def accumulated(
+    grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float
+) -> jax.Array:
+    r"""Adagrad's second moment, the sum of all squared gradients.
+
+    .. math:: v_t = v_{t-1} + |g_t|^2
+
+    A sum does not decay: with ``b2=0`` its weight is 1 from the first step on.
+
+    Args:
+      grad: the gradient :math:`g_t` of one leaf.
+      mu: the first moment, not used by this rule.
+      nu: the second moment :math:`v_{t-1}`, real.
+      decay: not used by this rule.
+
+    Returns:
+      The second moment :math:`v_t`, shape and dtype of `nu`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(accumulated(jnp.array([2.0]), jnp.zeros(1), jnp.array([1.0]), 0.0))
+      [5.]
+
+    Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011), figure 1.
+    """
+    del mu, decay
+    return nu + jnp.real(jnp.conj(grad) * grad)
+
+
 class Weight(NamedTuple):
     r"""The weight :math:`1 - \prod b_s` that an average has gathered under a moving decay.
 
@@ -45,17 +167,21 @@ class Weight(NamedTuple):
       value: the weight, a scalar in the default float dtype.
       error: what rounding left out of `value`. Adding 10⁵ small terms in float32 is off by 1e-3;
         with the rounding error carried along (Kahan's summation) it stays within 1e-6.
+      age: the sum of weight times age over the gradients gathered.
     """
 
     value: jax.Array
     error: jax.Array
+    age: jax.Array
 
     def gather(self, decay: jax.typing.ArrayLike) -> "Weight":
         """One step on: the weight is the moving average of the constant 1."""
+        decay = jnp.asarray(decay).astype(self.value.dtype)
         missing = (1 - self.value) - self.error
-        step = (1 - signals.cast(decay, self.value.dtype)) * missing + self.error
+        step = (1 - decay) * missing + self.error
         value = self.value + step
-        return Weight(value, step - (value - self.value))
+        error = step - (value - self.value)
+        return Weight(value, error, decay * (self.age + self.value))
 
 
 class ScaleByMomentsState(NamedTuple):
@@ -63,25 +189,27 @@ class ScaleByMomentsState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      mu: the first moments, a tree shaped like the parameters.
-      nu: the second moments, a tree shaped like the parameters, real.
+      mu: the first moments, a tree shaped like the parameters; None if `b1` is None.
+      nu: the second moments, a tree shaped like the parameters, real; None if `b2` is None.
       mu_weight: the weight gathered by `mu` where `b1` is an array or a schedule; None where it is
         a number, because then the weight is `1 - b1**count`.
       nu_weight: likewise for `nu` and `b2`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
-    mu: optax.Updates
-    nu: optax.Updates
+    mu: optax.Updates | None
+    nu: optax.Updates | None
     mu_weight: Weight | None
     nu_weight: Weight | None
 
 
 def scale_by_moments(
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
+    b1: optax.ScalarOrSchedule | None = 0.9,
+    b2: optax.ScalarOrSchedule | None = 0.999,
     *,
     second_moment: SecondMoment | None = None,
+    initial_mu: float = 0.0,
+    initial_nu: float = 0.0,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -91,17 +219,21 @@ def scale_by_moments(
 
       m_t = (1 - b_1) g_t + b_1 m_{t-1}, \qquad v_t = (1 - b_2) |g_t|^2 + b_2 v_{t-1}
 
-    Both start at 0, so after t steps they have gathered only the weight
+    Started at 0, after t steps they have gathered only the weight
     :math:`w_t = 1 - \prod_{s \le t} b_s`. The emitted `Moments` carry the rates and the weights
     along, so a later stage can correct for them exactly, whatever schedule the rates follow.
 
     Args:
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array of at least float32,
-        or a schedule from the number of steps taken so far to the rate. Default 0.9.
-      b2: the decay rate of the second moment, likewise. Default 0.999.
-      second_moment: the rule `(grad, mu, nu, decay) -> nu` for one leaf, a pure function; None is
-        `squared`. (With `optax.inject_hyperparams`, name it in `static_args`: a function would be
-        taken for a schedule.)
+        or a schedule from the number of steps taken so far to the rate. None keeps no first moment:
+        the emitted one is the gradient. Default 0.9.
+      b2: the decay rate of the second moment, likewise; with None there is none. Default 0.999.
+      second_moment: the rule `(grad, mu, nu, decay) -> nu` for one leaf, a pure function:
+        `squared`, `belief`, `yogi`, `infinity`, `accumulated` or your own; None is `squared`. (With
+        `optax.inject_hyperparams`, name it in `static_args`: a function would be taken for a
+        schedule.)
+      initial_mu: the first moment before the first step. Default 0.
+      initial_nu: the second moment before the first step, finite and at least 0. Default 0.
       mu_dtype: the dtype to keep the first moment in between steps. None keeps the dtype of the
         parameter, or float32 where that is smaller.
       nu_dtype: the dtype to keep the second moment in, likewise; real for complex parameters too.
@@ -132,8 +264,11 @@ def scale_by_moments(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1.
     """
-    b1 = signals.check_hyperparameter("b1", b1, upper=1, schedule=True)
-    b2 = signals.check_hyperparameter("b2", b2, upper=1, schedule=True)
+    if b1 is None and b2 is None:
+        raise ValueError("b1 and b2 are both None: there is no moment left to keep.")
+    b1 = None if b1 is None else signals.check_hyperparameter("b1", b1, upper=1, schedule=True)
+    b2 = None if b2 is None else signals.check_hyperparameter("b2", b2, upper=1, schedule=True)
+    initial_nu = signals.check_hyperparameter("initial_nu", initial_nu)
     mu_dtype = signals.check_dtype("mu_dtype", mu_dtype, jnp.inexact)
     nu_dtype = signals.check_dtype("nu_dtype", nu_dtype, jnp.floating)
     rule = squared if second_moment is None else second_moment
@@ -144,21 +279,14 @@ def scale_by_moments(
 
     def init_fn(params: optax.Params) -> ScaleByMomentsState:
         signals.check_params("scale_by_moments", params, mu_dtype)
-
-        def mu(param):
-            dtype = signals.accumulator(jnp.result_type(param))
-            return jnp.zeros_like(param, dtype=dtype if mu_dtype is None else mu_dtype)
-
-        def nu(param):
-            dtype = signals.real(signals.accumulator(jnp.result_type(param)))
-            return jnp.zeros_like(param, dtype=dtype if nu_dtype is None else nu_dtype)
-
+        mu = signals.full_like(params, initial_mu, mu_dtype)
+        nu = signals.full_like(params, initial_nu, nu_dtype, jnp.floating)
         return ScaleByMomentsState(
             count=jnp.zeros([], jnp.int32),
-            mu=jax.tree.map(mu, params),
-            nu=jax.tree.map(nu, params),
-            mu_weight=_no_weight(b1),
-            nu_weight=_no_weight(b2),
+            mu=None if b1 is None else mu,
+            nu=None if b2 is None else nu,
+            mu_weight=None if b1 is None or isinstance(b1, float) else no_weight(),
+            nu_weight=None if b2 is None or isinstance(b2, float) else no_weight(),
         )
 
     def update_fn(
@@ -168,31 +296,45 @@ def scale_by_moments(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMomentsState]:
         del params, extra_args
-        signals.check_match("scale_by_moments", updates, state.mu)
-        mu_now, mu_next, mu_weight = _rates("b1", b1, state.count, state.mu_weight)
-        nu_now, _, nu_weight = _rates("b2", b2, state.count, state.nu_weight)
+        signals.check_match("scale_by_moments", updates, state.mu, state.nu)
+        mu_rates, mu_weight = _rates("b1", b1, state.count, state.mu_weight)
+        nu_rates, nu_weight = _rates("b2", b2, state.count, state.nu_weight)
 
         def leaf(grad, mu, nu):
             grad = jnp.asarray(grad)
-            dtype = signals.wider(signals.accumulator(grad.dtype), mu.dtype)
-            g, mu, nu = grad.astype(dtype), mu.astype(dtype), nu.astype(signals.real(dtype))
-            mu_decay = signals.cast(mu_now.decay, dtype)
-            nu_decay = signals.cast(nu_now.decay, nu.dtype)
-            mu = (1 - mu_decay) * g + mu_decay * mu
-            nu = rule(g, mu, nu, nu_decay)
+            dtype = signals.accumulator(grad.dtype)
+            for moment in (mu, nu):
+                dtype = dtype if moment is None else signals.wider(dtype, moment.dtype)
+            g, mu_decay, nu_decay = grad.astype(dtype), mu_rates.decay, nu_rates.decay
+            last_mu, last_nu, mu, nu = mu, nu, g, None
+            if last_mu is not None:
+                mu_decay, last_mu = signals.cast(mu_decay, dtype), last_mu.astype(dtype)
+                mu = (1 - mu_decay) * g + mu_decay * last_mu
+            if last_nu is not None:
+                real = signals.real(dtype)
+                nu_decay, last_nu = signals.cast(nu_decay, real), last_nu.astype(real)
+                nu = rule(g, mu, last_nu, nu_decay)
             return Moments(
                 grad=grad,
                 mu=mu,
                 nu=nu,
                 mu_decay=mu_decay,
                 nu_decay=nu_decay,
-                mu_weight=mu_now.weight,
-                nu_weight=nu_now.weight,
-                mu_next_decay=mu_next.decay,
-                mu_next_weight=mu_next.weight,
+                mu_weight=mu_rates.weight,
+                nu_weight=nu_rates.weight,
+                mu_next_decay=mu_rates.next_decay,
+                mu_next_weight=mu_rates.next_weight,
+                nu_length=nu_rates.length,
+                last=Last(last_mu, last_nu, mu_rates.last_weight, nu_rates.last_weight),
             )
 
-        moments = jax.tree.map(leaf, updates, state.mu, state.nu)
+        absent = jax.tree.map(lambda _: None, updates)
+        moments = jax.tree.map(
+            leaf,
+            updates,
+            absent if state.mu is None else state.mu,
+            absent if state.nu is None else state.nu,
+        )
         return moments, ScaleByMomentsState(
             count=optax.safe_increment(state.count),
             mu=signals.pick("mu", moments, state.mu),
@@ -204,34 +346,46 @@ def scale_by_moments(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Rate(NamedTuple):
+class _Rates(NamedTuple):
+    """What the signal tells about one moment: scalars, those not known None."""
+
     decay: Any
     weight: Any
+    last_weight: Any
+    length: Any
+    next_decay: Any = None
+    next_weight: Any = None
 
 
-def _no_weight(decay: Any) -> Weight | None:
-    if isinstance(decay, float):
-        return None
-    return Weight(jnp.zeros([], float), jnp.zeros([], float))
+def no_weight() -> Weight:
+    """Nothing gathered yet."""
+    return Weight(*(jnp.zeros([], float) for _ in Weight._fields))
 
 
 def _rates(
-    name: str, decay: Any, count: jax.Array, weight: Weight | None
-) -> tuple[_Rate, _Rate, Weight | None]:
-    """The rate and the weight at this step, both at the next step, and the weight to keep."""
+    name: str, decay: Any, count: jax.Array, kept: Weight | None
+) -> tuple[_Rates, Weight | None]:
+    """The rate and the weight at this step, at the last and the next, and the weight to keep."""
+    if decay is None:
+        return _Rates(0.0, 1.0, 1.0, 1.0, 0.0, 1.0), None
     step = optax.safe_increment(count)
     if isinstance(decay, float):
-        base = jnp.asarray(decay, float)
-        now, ahead = (1 - base ** t.astype(float) for t in (step, optax.safe_increment(step)))
-        return _Rate(decay, now), _Rate(decay, ahead), None
-    if weight is None:
+        # optax's arithmetic to the letter, so that the results are bitwise its results.
+        power = lambda t: jnp.asarray(decay, float) ** t.astype(float)  # noqa: E731
+        last, now, ahead = (1 - power(t) for t in (count, step, optax.safe_increment(step)))
+        length = 2 / (1 - decay) - 1 - 2 * step.astype(float) * power(step) / (1 - power(step))
+        return _Rates(decay, now, last, length, decay, ahead), None
+    if kept is None:
         raise ValueError(
             f"{name} was a number when this state was made and is an array or a schedule now: the "
             f"weight gathered so far is unknown. Make the state anew with init()."
         )
     if callable(decay):
         now, ahead = (signals.check_scalar(name, decay(t)) for t in (count, step))
-        weight = weight.gather(now)
-        return _Rate(now, weight.value), _Rate(ahead, weight.gather(ahead).value), weight
-    weight = weight.gather(decay)
-    return _Rate(decay, weight.value), _Rate(None, None), weight
+    else:
+        now, ahead = decay, None
+    weight = kept.gather(now)
+    rates = _Rates(now, weight.value, kept.value, 2 * weight.age / weight.value + 1)
+    if ahead is not None:
+        rates = rates._replace(next_decay=ahead, next_weight=weight.gather(ahead).value)
+    return rates, weight

@@ -1,29 +1,291 @@
-"""Whole optimizers: one short chain of stages each, with optax's names, signatures and defaults."""
+"""Whole optimizers: one short chain of stages each.
 
+Where optax has the name, its arguments come first and its defaults hold. What the parts can do,
+every member can: after the `*` come the same few options, and they mean the same everywhere.
+
+    eps_root      added under the root, a number or a 0-d array
+    eps_hat       whether the epsilons are those of the uncorrected second moment (Keras)
+    nesterov      whether to look one step ahead with the first moment
+    mu_dtype      the dtype to keep the first moment in; None: the parameter's, at least float32
+    nu_dtype      the dtype to keep the second moment in; None: likewise
+    weight_decay  decoupled decay, multiplied with the learning rate; None: no such stage
+    mask          which leaves decay: a tree of booleans, or a function from the parameters to one
+
+Every hyperparameter is checked when the optimizer is built: a ValueError says which is out of its
+range, a TypeError which is of the wrong kind. With weight decay, `update` needs the parameters.
+"""
+
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from adam_jax import correction
-from adam_jax.direction import bias_correct
-from adam_jax.learning_rate import scale_by_lr
-from adam_jax.moments import scale_by_moments
-from adam_jax.signals import check_hyperparameter
+from adam_jax import correction, direction
+from adam_jax.correction import debias, running_max
+from adam_jax.direction import bias_correct, first_moment, normalize, rectify
+from adam_jax.learning_rate import clip_by_schedule, scale_by_lr
+from adam_jax.moments import accumulated, belief, infinity, scale_by_moments
+from adam_jax.moments import yogi as yogi_rule
+from adam_jax.signals import Scalar, check_hyperparameter
+
+Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
+Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def _look_ahead(nesterov: bool) -> list[Optimizer]:
+    return [correction.nesterov()] if nesterov else []
+
+
+def _step(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule | None,
+    mask: Mask,
+) -> list[Optimizer]:
+    """The end of every chain: decay, where it is asked for, and the step."""
+    if weight_decay is None:
+        return [scale_by_lr(learning_rate)]
+    check_hyperparameter("weight_decay", weight_decay, schedule=True)
+    return [optax.add_decayed_weights(weight_decay, mask), scale_by_lr(learning_rate)]
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    accumulator_dtype: Any | None = None,
+    *,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Stochastic gradient descent, plain or with momentum.
+
+    .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t a_t
+
+    Args:
+      momentum: the rate :math:`\mu`; None for plain descent.
+      nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t`.
+      accumulator_dtype: the dtype to keep :math:`a` in; None: that of the gradient.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.sgd(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.3]
+
+    Source: Robbins and Monro, "A Stochastic Approximation Method" (1951).
+    """
+    trace = [] if momentum is None else [optax.trace(momentum, nesterov, accumulator_dtype)]
+    return optax.chain(*trace, *_step(learning_rate, weight_decay, mask))
+
+
+def momentum(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Scalar = 0.9,
+    *,
+    accumulator_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Descent along a decaying sum of gradients: the heavy ball.
+
+    .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t a_t
+
+    Args:
+      momentum: the rate :math:`\mu`.
+      accumulator_dtype: the dtype to keep :math:`a` in; None: that of the gradient.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.momentum(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.3]
+
+    Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
+    """
+    return sgd(
+        learning_rate, momentum, False, accumulator_dtype, weight_decay=weight_decay, mask=mask
+    )
+
+
+def nesterov(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: Scalar = 0.9,
+    *,
+    accumulator_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Nesterov's accelerated gradient, in `adam_jax.optimizers`: `adam_jax.nesterov` is the stage.
+
+    .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t (g_t + \mu a_t)
+
+    Args:
+      momentum: the rate :math:`\mu`.
+      accumulator_dtype: the dtype to keep :math:`a` in; None: that of the gradient.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.optimizers.nesterov(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.57]
+
+    Source: Sutskever et al., "On the importance of initialization and momentum" (ICML 2013).
+    """
+    return sgd(
+        learning_rate, momentum, True, accumulator_dtype, weight_decay=weight_decay, mask=mask
+    )
+
+
+def adagrad(
+    learning_rate: optax.ScalarOrSchedule,
+    initial_accumulator_value: float = 0.1,
+    eps: Scalar = 1e-7,
+    *,
+    eps_in_sqrt: bool = True,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Adagrad: the gradient over the root of the sum of all its squares.
+
+    .. math:: u_t = -\alpha_t g_t / \sqrt{v_t + \varepsilon}, \qquad v_t = v_{t-1} + |g_t|^2
+
+    Args:
+      initial_accumulator_value: the sum before the first step, finite and at least 0.
+      eps: added to the sum, or to its root: a number or a 0-d array.
+      eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch).
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adagrad(0.1, 0.0)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011).
+    """
+    return optax.chain(
+        scale_by_moments(
+            None,
+            0.0,
+            second_moment=accumulated,
+            initial_nu=initial_accumulator_value,
+            nu_dtype=nu_dtype,
+        ),
+        normalize(**_placed(eps, eps_in_sqrt)),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def rmsprop(
+    learning_rate: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule = 0.9,
+    eps: Scalar = 1e-8,
+    initial_scale: float = 0.0,
+    eps_in_sqrt: bool = True,
+    centered: bool = False,
+    momentum: Scalar | None = None,
+    nesterov: bool = False,
+    bias_correction: bool = False,
+    *,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""RMSProp: the gradient over the root of the mean of its recent squares.
+
+    .. math:: u_t = -\alpha_t g_t / \sqrt{v_t + \varepsilon},
+              \qquad v_t = (1 - b) |g_t|^2 + b v_{t-1}
+
+    Args:
+      decay: the decay rate :math:`b`, in [0, 1): a number, a 0-d array or a schedule.
+      eps: added to the second moment, or to its root: a number or a 0-d array.
+      initial_scale: the second moment before the first step, finite and at least 0.
+      eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch).
+      centered: whether to divide by the standard deviation instead.
+      momentum: the rate of a decaying sum of the steps; None for none.
+      nesterov: whether that sum looks one step ahead.
+      bias_correction: whether to debias the moments.
+      mu_dtype: the dtype to keep the mean in, if `centered`; None: at least float32.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.rmsprop(0.1, 0.75)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.2]
+
+    Source: Hinton, "Neural Networks for Machine Learning" (2012), lecture 6e.
+    """
+    return optax.chain(
+        scale_by_moments(
+            decay if centered else None,
+            decay,
+            initial_nu=initial_scale,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        *([debias()] if bias_correction else []),
+        *([correction.center()] if centered else []),
+        normalize(**_placed(eps, eps_in_sqrt)),
+        *_step(learning_rate, weight_decay, mask),
+        *([] if momentum is None else [optax.trace(momentum, nesterov)]),
+    )
+
+
+def _placed(eps: Scalar, in_sqrt: bool) -> dict[str, Scalar]:
+    """The one epsilon of an optimizer, under the root or beside it."""
+    check_hyperparameter("eps", eps)
+    return {"eps": 0.0, "eps_root": eps} if in_sqrt else {"eps": eps}
 
 
 def adam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: Any | None = None,
     *,
     nesterov: bool = False,
+    eps_hat: bool = False,
     nu_dtype: Any | None = None,
-) -> optax.GradientTransformationExtraArgs:
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
     r"""Adam: the mean of recent gradients over the root of the mean of their squares.
 
     .. math::
@@ -35,26 +297,14 @@ def adam(
     A drop-in for `optax.adam`: bit for bit the same under jit in float32 and float64.
 
     Args:
-      learning_rate: the step size :math:`\alpha`: a number, a 0-d array or a schedule.
-      b1: the decay rate of the first moment in [0, 1): a number, a 0-d array or a schedule.
-        Default 0.9.
-      b2: the decay rate of the second moment, likewise. Default 0.999.
-      eps: added to the root: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, likewise. Default 0.
-      mu_dtype: the dtype to keep the first moment in. Default: that of the parameter, at least
-        float32.
-      nesterov: whether to look one step ahead with the first moment (NAdam). Default False.
-      nu_dtype: the dtype to keep the second moment in. Default: likewise.
+      The arguments are those of `adamw`.
 
     Returns:
-      The chain of stages, a gradient transformation whose updates are added to the parameters.
-
-    Raises:
-      ValueError: if a hyperparameter is out of its range.
-      TypeError: if a hyperparameter is of the wrong kind.
+      The chain of stages, a gradient transformation.
 
     Example:
-      >>> import adam_jax, optax, jax, jax.numpy as jnp
+      >>> import adam_jax, jax.numpy as jnp
+      >>> import optax, jax
       >>> tx = adam_jax.adam(0.1)
       >>> params = jnp.array([1.0, -2.0])
       >>> state = tx.init(params)
@@ -69,9 +319,9 @@ def adam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        *([correction.nesterov()] if nesterov else []),
-        bias_correct(eps=eps, eps_root=eps_root),
-        scale_by_lr(learning_rate),
+        *_look_ahead(nesterov),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
     )
 
 
@@ -79,47 +329,43 @@ def adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: Any | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
+    eps_hat: bool = False,
     nu_dtype: Any | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
     r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
 
     .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
 
-    with Adam's direction :math:`d_t` and the parameters :math:`\theta`, which `update` needs.
+    with Adam's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
       learning_rate: the step size :math:`\alpha`: a number, a 0-d array or a schedule.
-      b1: the decay rate of the first moment in [0, 1): a number, a 0-d array or a schedule.
-        Default 0.9.
-      b2: the decay rate of the second moment, likewise. Default 0.999.
-      eps: added to the root: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, likewise. Default 0.
-      mu_dtype: the dtype to keep the first moment in. Default: that of the parameter, at least
-        float32.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+      b2: the decay rate of the second moment, likewise.
+      eps: added to the root, a number or a 0-d array.
+      eps_root: added under the root, a number or a 0-d array.
+      mu_dtype: the dtype to keep the first moment in; None: at least float32.
       weight_decay: the rate :math:`\lambda`, multiplied with the learning rate as in PyTorch: a
-        number, a 0-d array or a schedule. Default 1e-4.
+        number, a 0-d array or a schedule.
       mask: a tree of booleans (or a prefix of one), or a function from the parameters to it: which
-        leaves decay. Default None, all of them.
-      nesterov: whether to look one step ahead with the first moment (NAdamW). Default False.
-      nu_dtype: the dtype to keep the second moment in. Default: that of the parameter, at least
-        float32.
+        leaves decay. None, all of them.
+      nesterov: whether to look one step ahead with the first moment.
+      eps_hat: whether the epsilons are those of the uncorrected second moment.
+      nu_dtype: the dtype to keep the second moment in; None: at least float32.
 
     Returns:
-      The chain of stages, a gradient transformation whose updates are added to the parameters.
-
-    Raises:
-      ValueError: if a hyperparameter is out of its range; in `update`, without `params`.
-      TypeError: if a hyperparameter is of the wrong kind.
+      The chain of stages, a gradient transformation.
 
     Example:
-      >>> import adam_jax, jax, jax.numpy as jnp
+      >>> import adam_jax, jax.numpy as jnp
+      >>> import jax
       >>> no_biases = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
       >>> tx = adam_jax.adamw(0.1, weight_decay=0.5, mask=no_biases)
       >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
@@ -127,16 +373,13 @@ def adamw(
       >>> print(updates["kernel"], updates["bias"])
       [[-0.15]] [-0.1]
 
-    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101),
-    algorithm 2.
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101).
     """
-    check_hyperparameter("weight_decay", weight_decay, schedule=True)
     return optax.chain(
         scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        *([correction.nesterov()] if nesterov else []),
-        bias_correct(eps=eps, eps_root=eps_root),
-        optax.add_decayed_weights(weight_decay, mask),
-        scale_by_lr(learning_rate),
+        *_look_ahead(nesterov),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
     )
 
 
@@ -144,85 +387,88 @@ def nadam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: Any | None = None,
     *,
     nesterov: bool = True,
+    momentum_decay: Scalar | None = None,
+    eps_hat: bool = False,
     nu_dtype: Any | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Adam with Nesterov's momentum: `adam` with the stage `nesterov` after the moments.
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Adam with Nesterov's momentum.
 
     .. math:: \hat m_t = b_1 \frac{m_t}{1 - b_1^{t+1}} + (1 - b_1) \frac{g_t}{1 - b_1^t}
 
     Args:
-      learning_rate: see `adam`, and so for the other arguments.
-      b1: the decay rate of the first moment. Default 0.9.
-      b2: the decay rate of the second moment. Default 0.999.
-      eps: added to the root. Default 1e-8.
-      eps_root: added under the root. Default 0.
-      mu_dtype: the dtype to keep the first moment in. Default: at least float32.
-      nesterov: False gives plain `adam`, as in optax. Default True.
-      nu_dtype: the dtype to keep the second moment in. Default: at least float32.
+      nesterov: False gives plain Adam, as in optax.
+      momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
+        the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
+      The other arguments are those of `adamw`.
 
     Returns:
-      The chain of stages, a gradient transformation whose updates are added to the parameters.
-
-    Raises:
-      ValueError: if a hyperparameter is out of its range.
-      TypeError: if a hyperparameter is of the wrong kind.
+      The chain of stages, a gradient transformation.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
       >>> tx = adam_jax.nadam(0.1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))
-      >>> print(updates)  # -0.1 * (0.9 * 0.1 / 0.19 + 0.1 / 0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
       [-0.1474]
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
-    return adam(
-        learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype
+    look_ahead = _dozat(b1, momentum_decay) if nesterov else []
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *look_ahead,
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
     )
+
+
+def _dozat(b1: Any, momentum_decay: Scalar | None) -> list[Optimizer]:
+    """The look-ahead, with the momentum schedule of Dozat's section 2.2 where one is asked for."""
+    if momentum_decay is None:
+        return [correction.nesterov()]
+    decay = check_hyperparameter("momentum_decay", momentum_decay)
+    if callable(b1):
+        raise TypeError("momentum_decay needs a b1 that is a number or a 0-d array.")
+    return [correction.nesterov(lambda t: b1 * (1 - 0.5 * 0.96 ** (decay * (t.astype(float) + 1))))]
 
 
 def nadamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     mu_dtype: Any | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    mask: Mask = None,
     *,
     nesterov: bool = True,
+    momentum_decay: Scalar | None = None,
+    eps_hat: bool = False,
     nu_dtype: Any | None = None,
-) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW with Nesterov's momentum: `adamw` with the stage `nesterov` after the moments.
+) -> Optimizer:
+    r"""AdamW with Nesterov's momentum.
 
     .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
 
-    with NAdam's direction :math:`d_t` and the parameters :math:`\theta`, which `update` needs.
+    with NAdam's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
-      learning_rate: see `adamw`, and so for the other arguments.
-      b1: the decay rate of the first moment. Default 0.9.
-      b2: the decay rate of the second moment. Default 0.999.
-      eps: added to the root. Default 1e-8.
-      eps_root: added under the root. Default 0.
-      mu_dtype: the dtype to keep the first moment in. Default: at least float32.
-      weight_decay: the rate :math:`\lambda`. Default 1e-4.
-      mask: which leaves decay. Default None, all of them.
-      nesterov: False gives plain `adamw`, as in optax. Default True.
-      nu_dtype: the dtype to keep the second moment in. Default: at least float32.
+      nesterov: False gives plain Adam, as in optax.
+      momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
+        the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
+      The other arguments are those of `adamw`.
 
     Returns:
-      The chain of stages, a gradient transformation whose updates are added to the parameters.
-
-    Raises:
-      ValueError: if a hyperparameter is out of its range; in `update`, without `params`.
-      TypeError: if a hyperparameter is of the wrong kind.
+      The chain of stages, a gradient transformation.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -232,18 +478,619 @@ def nadamw(
       >>> print(updates)
       [-0.1974]
 
-    Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2,
-    with Loshchilov and Hutter's decay (arXiv 1711.05101).
+    Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
-    return adamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        weight_decay,
-        mask,
-        nesterov=nesterov,
-        nu_dtype=nu_dtype,
+    look_ahead = _dozat(b1, momentum_decay) if nesterov else []
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *look_ahead,
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def amsgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+    bias_correction_mu: bool = True,
+    bias_correction_nu: bool = True,
+    *,
+    max_before_correction: bool = False,
+    eps_hat: bool = False,
+    nesterov: bool = False,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""AMSGrad: Adam whose second moment never falls, so that it forgets no rare large gradient.
+
+    .. math:: u_t = -\alpha_t \hat m_t / (\sqrt{\max_{s \le t} \hat v_s} + \varepsilon)
+
+    Args:
+      bias_correction_mu: whether to debias the first moment; False in the paper.
+      bias_correction_nu: whether to debias the second moment; False in the paper.
+      max_before_correction: whether to take the maximum of the raw moments and correct that
+        (PyTorch, Keras) or of the corrected ones (optax).
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.amsgrad(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
+    """
+    correct = debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat)
+    order = [running_max(), correct] if max_before_correction else [correct, running_max()]
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        *order,
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def radam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Rectified Adam: momentum until the second moment has seen enough gradients, then Adam.
+
+    .. math:: u_t = -\alpha_t r_t \hat m_t / (\sqrt{\hat v_t} + \varepsilon)
+
+    Args:
+      threshold: the length of the average from which on to divide, at least 4.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.radam(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.3]
+
+    Source: Liu et al., "On the Variance of the Adaptive Learning Rate" (arXiv 1908.03265).
+    """
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        rectify(eps=eps, eps_root=eps_root, threshold=threshold, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def adabelief(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-16,
+    eps_root: Scalar = 1e-16,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""AdaBelief: divide by how far the gradients are from what their mean lets expect.
+
+    .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
+
+    Args:
+      eps_root: added to the second moment that is kept, at every step.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adabelief(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1111]
+
+    Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
+    """
+    check_hyperparameter("eps_root", eps_root)
+    rule = partial(belief, eps_root=eps_root)
+    return optax.chain(
+        scale_by_moments(b1, b2, second_moment=rule, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        bias_correct(eps=eps, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def adamax(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-8,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Adamax: Adam with the decaying maximum of the gradient for the root of the second moment.
+
+    .. math:: u_t = -\alpha_t \hat m_t / n_t, \qquad n_t = \max(b_2 n_{t-1}, |g_t| + \varepsilon)
+
+    Args:
+      eps: added to the magnitude of the gradient: a number or a 0-d array.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adamax(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
+    """
+    check_hyperparameter("eps", eps)
+    rule = partial(infinity, eps=eps)
+    return optax.chain(
+        scale_by_moments(b1, b2, second_moment=rule, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        debias(nu=False),
+        normalize(eps=0.0),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def adamaxw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+) -> Optimizer:
+    r"""Adamax with decoupled weight decay.
+
+    .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
+
+    with Adamax's direction :math:`d_t` and the parameters :math:`\theta`.
+
+    Args:
+      eps: added to the magnitude of the gradient: a number or a 0-d array.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adamaxw(0.1, weight_decay=0.5)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.15]
+
+    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
+    """
+    check_hyperparameter("eps", eps)
+    rule = partial(infinity, eps=eps)
+    return optax.chain(
+        scale_by_moments(b1, b2, second_moment=rule, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        debias(nu=False),
+        normalize(eps=0.0),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def yogi(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-3,
+    *,
+    eps_root: Scalar = 0.0,
+    eps_hat: bool = False,
+    nesterov: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Yogi: Adam whose second moment moves by a share of the squared gradient at most.
+
+    .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
+
+    Args:
+      The arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.yogi(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: Zaheer et al., "Adaptive Methods for Nonconvex Optimization" (NeurIPS 2018).
+    """
+    return optax.chain(
+        scale_by_moments(
+            b1,
+            b2,
+            second_moment=yogi_rule,
+            initial_mu=1e-6,
+            initial_nu=1e-6,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        *_look_ahead(nesterov),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def lamb(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-6,
+    eps_root: Scalar = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+) -> Optimizer:
+    r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
+
+    .. math:: u_t = -\alpha_t \frac{\|\theta\|}{\|d_t + \lambda \theta\|} (d_t + \lambda \theta)
+
+    Args:
+      The arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.lamb(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: You et al., "Large Batch Optimization for Deep Learning" (arXiv 1904.00962).
+    """
+    *decay, step = _step(learning_rate, weight_decay, mask)
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *decay,
+        optax.scale_by_trust_ratio(),
+        step,
+    )
+
+
+def adam_atan2(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    scale: Scalar = 4 / math.pi,
+    *,
+    nesterov: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Adam without an epsilon: the division is an arc tangent.
+
+    .. math:: u_t = -\alpha_t a \operatorname{atan2}(\hat m_t, \sqrt{\hat v_t})
+
+    Args:
+      scale: the factor :math:`a`, a number or a 0-d array; :math:`4 / \pi` makes the first step 1.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adam_atan2(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: Everett et al., "Scaling Exponents Across Parameterizations" (arXiv 2407.05872).
+    """
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        direction.atan2(scale=scale),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def laprop(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-15,
+    eps_root: Scalar = 0.0,
+    *,
+    eps_hat: bool = False,
+    mu_dtype: Any | None = None,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""LaProp: first divide the gradient, then average.
+
+    .. math:: m_t = (1 - b_1) \frac{g_t}{\sqrt{\hat v_t} + \varepsilon} + b_1 m_{t-1},
+              \qquad u_t = -\alpha_t \hat m_t
+
+    Args:
+      The arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.laprop(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1]
+
+    Source: Ziyin, Wang and Ueda, "LaProp" (arXiv 2002.04839), algorithm 1.
+    """
+    return optax.chain(
+        scale_by_moments(None, b2, nu_dtype=nu_dtype),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        scale_by_moments(b1, None, mu_dtype=mu_dtype),
+        debias(),
+        first_moment(),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def adopt(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.9999,
+    eps: Scalar = 1e-6,
+    mu_dtype: Any | None = None,
+    *,
+    use_clipping: bool = True,
+    nu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule | None = None,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""ADOPT: divide by the second moment of the gradients before, then average.
+
+    .. math::
+
+      m_t = (1 - b_1) \operatorname{clip}(g_t / \max(\sqrt{v_{t-1}}, \varepsilon), t^{1/4})
+            + b_1 m_{t-1}
+
+    Args:
+      eps: the least divisor, a number or a 0-d array.
+      use_clipping: whether to clip at :math:`t^{1/4}`.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adopt(0.1)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.array([3.0]), state)
+      ...     print(updates)
+      [-0.]
+      [-0.01]
+
+    Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
+    """
+    # The first gradient only starts the second moment: it is taken whole, and not stepped along.
+    return optax.chain(
+        scale_by_moments(None, _after_first(b2, 0.0), nu_dtype=nu_dtype),
+        correction.delay(),
+        correction.floor(eps=eps),
+        normalize(eps=0.0),
+        *([clip_by_schedule(lambda t: t.astype(float) ** 0.25)] if use_clipping else []),
+        scale_by_moments(_after_first(b1, 1.0), None, mu_dtype=mu_dtype),
+        first_moment(),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def _after_first(decay: Any, first: float) -> optax.Schedule:
+    """A decay rate, with another one at the first step."""
+    decay = check_hyperparameter("decay", decay, upper=1, schedule=True)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        rate = jnp.asarray(decay(count) if callable(decay) else decay, float)
+        return jnp.where(count > 0, rate, first)
+
+    return schedule
+
+
+def ademamix(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    b3: optax.ScalarOrSchedule = 0.9999,
+    alpha: optax.ScalarOrSchedule = 5.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Mask = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: Any | None = None,
+) -> Optimizer:
+    r"""AdEMAMix: Adam with a second, slower first moment mixed in.
+
+    .. math:: u_t = -\alpha_t (\hat m_t + \alpha s_t) / (\sqrt{\hat v_t} + \varepsilon)
+
+    Args:
+      b3: the decay rate of the slow moment :math:`s`, in [0, 1), likewise.
+      alpha: the share of the slow moment, likewise.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.ademamix(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.10005]
+
+    Source: Pagliardini et al., "The AdEMAMix Optimizer" (arXiv 2409.03137), algorithm 1.
+    """
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        debias(),
+        correction.mix_slow_moment(b3, alpha, mu_dtype=mu_dtype),
+        normalize(eps=eps, eps_root=eps_root),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Scalar = 0.9,
+    b2: optax.ScalarOrSchedule = 0.99,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-3,
+    mask: Mask = None,
+) -> Optimizer:
+    r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
+
+    .. math::
+
+      u_t = -\alpha_t (\operatorname{sign}((1 - b_1) g_t + b_1 m_{t-1}) + \lambda \theta_{t-1}), \\
+      m_t = (1 - b_2) g_t + b_2 m_{t-1}
+
+    Args:
+      b1: the rate of the average that is stepped with, in [0, 1): a number or a 0-d array.
+      b2: the rate of the average that is kept, likewise, or a schedule.
+      The other arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.lion(0.1)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.1001]
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675).
+    """
+    return optax.chain(
+        scale_by_moments(b2, None, mu_dtype=mu_dtype),
+        correction.interpolate(b1),
+        first_moment(),
+        optax.scale_by_sign(),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def cautious_adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: Any | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask = None,
+    *,
+    nesterov: bool = False,
+    eps_hat: bool = False,
+    nu_dtype: Any | None = None,
+) -> Optimizer:
+    r"""AdamW that moves only where its direction agrees with the gradient of this step.
+
+    .. math:: u_t = -\alpha_t (d_t \phi_t / \operatorname{mean} \phi_t + \lambda \theta_{t-1}),
+              \qquad \phi_t = [d_t \cdot g_t > 0]
+
+    Args:
+      The arguments are those of `adamw`.
+
+    Returns:
+      The chain of stages, a gradient transformation.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.cautious_adamw(0.1, weight_decay=0.5)
+      >>> params = jnp.ones(1)
+      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
+      >>> print(updates)
+      [-0.15]
+
+    Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
+    """
+    return optax.chain(
+        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        *_look_ahead(nesterov),
+        correction.cautious(),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        *_step(learning_rate, weight_decay, mask),
     )

@@ -14,6 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+Scalar = jax.Array | float
+
+
+class Last(NamedTuple):
+    """The moments of one leaf and their weights before the gradient of this step joined them."""
+
+    mu: Any = None
+    nu: Any = None
+    mu_weight: Scalar = 0.0
+    nu_weight: Scalar = 0.0
+
 
 class Moments(NamedTuple):
     r"""The moments of one leaf: what `scale_by_moments` emits and the later stages read.
@@ -33,6 +44,12 @@ class Moments(NamedTuple):
       mu_next_decay: the decay rate of `mu` at the next step, for Nesterov's look-ahead; None where
         it cannot be known (a rate injected step by step), then `mu_decay` stands in for it.
       mu_next_weight: the weight that `mu` will have gathered at the next step; None likewise.
+      nu_length: how many equally weighted gradients `nu` averages in effect, a scalar that grows
+        from 1: twice their mean age plus 1. RAdam's :math:`\rho_t`.
+      last: the moments and weights before this gradient joined them (Lion and ADOPT need them).
+
+    A moment that `scale_by_moments` was told not to keep is the gradient itself (`mu`) or None
+    (`nu`).
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -50,29 +67,33 @@ class Moments(NamedTuple):
     grad: jax.Array
     mu: jax.Array
     nu: jax.Array
-    mu_decay: jax.typing.ArrayLike
-    nu_decay: jax.typing.ArrayLike
-    mu_weight: jax.typing.ArrayLike
-    nu_weight: jax.typing.ArrayLike
-    mu_next_decay: jax.typing.ArrayLike | None = None
-    mu_next_weight: jax.typing.ArrayLike | None = None
+    mu_decay: Scalar
+    nu_decay: Scalar
+    mu_weight: Scalar
+    nu_weight: Scalar
+    mu_next_decay: Scalar | None = None
+    mu_next_weight: Scalar | None = None
+    nu_length: Scalar = 1.0
+    last: Last = Last()  # a constant
 
 
 # --- Walking a tree of signals --------------------------------------------------------------------
 
 
-def map_moments(stage: str, fn: Callable[[Moments], Any], updates: optax.Updates) -> Any:
+def map_moments(
+    stage: str, fn: Callable[..., Any], updates: optax.Updates, *rest: optax.Updates
+) -> Any:
     """`fn` on every `Moments` of the tree; a plain update is an error that names `stage`."""
 
-    def leaf(path, signal):
+    def leaf(path, signal, *others):
         if not _is_moments(signal):
             raise TypeError(
                 f"{stage} takes the Moments that adam_jax.scale_by_moments emits, but got a plain "
                 f"update{_at(path)}: put adam_jax.scale_by_moments(...) before {stage}."
             )
-        return fn(signal)
+        return fn(signal, *others)
 
-    return jax.tree_util.tree_map_with_path(leaf, updates, is_leaf=_is_moments)
+    return jax.tree_util.tree_map_with_path(leaf, updates, *rest, is_leaf=_is_moments)
 
 
 def map_updates(stage: str, fn: Callable[[jax.Array], Any], updates: optax.Updates) -> Any:
@@ -85,14 +106,29 @@ def map_updates(stage: str, fn: Callable[[jax.Array], Any], updates: optax.Updat
     return jax.tree_util.tree_map_with_path(leaf, updates, is_leaf=_is_moments)
 
 
-def pick(field: str, moments: optax.Updates, like: optax.Updates) -> Any:
+def pick(field: str, moments: optax.Updates, like: optax.Updates | None) -> Any:
     """One field of every `Moments`, in the dtypes of `like`: what a state keeps of a signal."""
+    if like is None:
+        return None
     return jax.tree.map(
         lambda signal, kept: getattr(signal, field).astype(kept.dtype),
         moments,
         like,
         is_leaf=_is_moments,
     )
+
+
+def full_like(
+    params: optax.Params, value: float = 0.0, dtype: Any | None = None, kind: Any | None = None
+) -> Any:
+    """What a state keeps per parameter: in `dtype`, or in the accumulator's, of the given kind."""
+
+    def leaf(param):
+        own = accumulator(jnp.result_type(param))
+        own = real(own) if kind is jnp.floating else own
+        return jnp.full_like(param, value, dtype=own if dtype is None else dtype)
+
+    return jax.tree.map(leaf, params)
 
 
 def _is_moments(leaf: Any) -> bool:
@@ -118,16 +154,17 @@ def check_params(stage: str, params: optax.Params, mu_dtype: Any | None) -> None
             )
 
 
-def check_match(stage: str, updates: optax.Updates, mu: optax.Updates) -> None:
-    """Every gradient must have the place, shape and realness of the first moment kept for it."""
-    given, kept = _leaves_by_path(updates), _leaves_by_path(mu)
+def check_match(stage: str, updates: optax.Updates, mu: Any, nu: Any) -> None:
+    """Every gradient must have the place, shape and realness of the moment kept for it."""
+    given, kept = _leaves_by_path(updates), _leaves_by_path(nu if mu is None else mu)
     for path in {**kept, **given}:
-        got, due = given.get(path, _NOTHING), kept.get(path, _NOTHING)
-        _check_plain(stage, path, got)
-        if _kind(got) != _kind(due):
+        _check_plain(stage, path, given.get(path))
+        # nu is real for a complex gradient too, so it tells no more than the shape.
+        got, due = (_kind(tree.get(path, _NOTHING), mu is not None) for tree in (given, kept))
+        if got != due:
             raise ValueError(
                 f"{stage} got gradients that do not match the parameters of init(): the leaf"
-                f"{_at(path)} was {_kind(due)} there, and its gradient is {_kind(got)}."
+                f"{_at(path)} was {due} there, and its gradient is {got}."
             )
 
 
@@ -150,10 +187,11 @@ def _leaves_by_path(tree: Any) -> dict[tuple, Any]:
     return dict(leaves)
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: Any, realness: bool) -> str:
     if leaf is None or leaf is _NOTHING:
         return str(leaf)
-    return f"{'complex' if jnp.iscomplexobj(leaf) else 'real'} of shape {jnp.shape(leaf)}"
+    field = ("complex " if jnp.iscomplexobj(leaf) else "real ") if realness else ""
+    return f"{field}of shape {jnp.shape(leaf)}"
 
 
 def _is_complex(dtype: Any) -> bool:
