@@ -530,13 +530,18 @@ def amsgrad(
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
+    if eps_hat and not max_before_correction:
+        raise ValueError(
+            "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
+        )
     correct = debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat)
     order = [running_max(), correct] if max_before_correction else [correct, running_max()]
+    divide = partial(bias_correct, eps_hat=True) if eps_hat else normalize
     return optax.chain(
         scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
         *_look_ahead(nesterov),
         *order,
-        bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
+        divide(eps=eps, eps_root=eps_root),
         *_step(learning_rate, weight_decay, mask),
     )
 

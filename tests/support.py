@@ -19,8 +19,14 @@ TOLERANCES = {
     "reference": Tolerance(
         1e-12, 1e-12, "float64: the same formula in another library, 500 steps of other roundings"
     ),
+    "torch": Tolerance(
+        1e-9, 1e-9, "float64: PyTorch rounds its scalars elsewhere, and 500 steps feed that back"
+    ),
     "algebra": Tolerance(
         1e-11, 0.0, "float64: two sides of an identity, a few roundings through 1 - b**t"
+    ),
+    "centered": Tolerance(
+        1e-9, 1e-9, "float64: v - m**2 cancels where the gradient is steady, then its root"
     ),
     "fused": Tolerance(
         1e-12,
@@ -65,6 +71,11 @@ def random_grads(params, rng, low=-3, high=3):
     """Gradients for `params`, all of one magnitude 10**u with u uniform in [low, high]."""
     magnitude = 10 ** rng.uniform(low, high)
     return jax.tree.map(lambda p: np.asarray(rng.normal(size=p.shape) * magnitude, p.dtype), params)
+
+
+def matrices_only(params):
+    """A mask for weight decay."""
+    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
 def make_step(tx):

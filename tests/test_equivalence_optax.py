@@ -9,16 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import make_step, random_grads, random_params, stack
+from support import make_step, matrices_only, random_grads, random_params, stack
 
 import adam_jax
 
 STEPS = 2000
 SCHEDULE = optax.warmup_cosine_decay_schedule(1e-5, 1e-2, 200, STEPS)
-
-
-def matrices_only(params):
-    return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
 
 
 def three_stages(learning_rate):

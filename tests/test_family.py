@@ -1,0 +1,622 @@
+"""Every member of the family against its reference: optax, PyTorch, or the paper in NumPy."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+import torch
+from support import TOLERANCES, matrices_only
+
+import adam_jax
+
+STEPS = 500
+
+# --- Problems: gradients as a function of the parameters and the step -----------------------------
+
+
+class Problem(NamedTuple):
+    params: dict[str, np.ndarray]
+    gradient: Callable[[Any, int], Any]
+
+
+def random_gradients(dtype):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.normal(size=(5, 4)).astype(dtype), "b": rng.normal(size=3).astype(dtype)}
+    scales = 10 ** rng.uniform(-3, 2, STEPS)
+    noise = [
+        {name: (scale * rng.normal(size=p.shape)).astype(dtype) for name, p in params.items()}
+        for scale in scales
+    ]
+    return Problem(params, lambda params, t: noise[t])
+
+
+def rosenbrock(dtype):
+    def loss(p):
+        x, y = p["xy"]
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    gradient = jax.jit(jax.grad(loss))
+    return Problem({"xy": np.asarray([-1.2, 1.0], dtype)}, lambda params, t: gradient(params))
+
+
+def network(dtype):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(32, 3)).astype(dtype)
+    y = np.sin(x.sum(axis=1, keepdims=True))
+    shapes = {"w1": (3, 8), "b1": (8,), "w2": (8, 1), "b2": (1,)}
+    params = {name: (0.5 * rng.normal(size=shape)).astype(dtype) for name, shape in shapes.items()}
+
+    def loss(p):
+        hidden = jnp.tanh(x @ p["w1"] + p["b1"][None])
+        return jnp.mean((hidden @ p["w2"] + p["b2"][None] - y) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))
+    return Problem(params, lambda params, t: gradient(params))
+
+
+PROBLEMS = {"random": random_gradients, "rosenbrock": rosenbrock, "network": network}
+
+# --- References: from the parameters to a function that takes a step ------------------------------
+
+
+def of_transformation(tx):
+    def start(params):
+        state = tx.init(params)
+        update = jax.jit(
+            lambda params, state, grads: (
+                lambda updates, state: (optax.apply_updates(params, updates), state)
+            )(*tx.update(grads, state, params))
+        )
+
+        def step(params, grads):
+            nonlocal state
+            with jax.numpy_dtype_promotion("standard"):
+                params, state = update(params, state, grads)
+            return params
+
+        return step
+
+    return start
+
+
+def of_torch(factory):
+    def start(params):
+        tensors = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in params.items()}
+        optimizer = factory(tensors.values())
+
+        def step(params, grads):
+            for name, tensor in tensors.items():
+                tensor.grad = torch.tensor(np.asarray(grads[name]))
+            optimizer.step()
+            return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
+
+        return step
+
+    return start
+
+
+def of_paper(algorithm):
+    """An algorithm is a generator over one leaf: send it a gradient, get the new leaf."""
+
+    def start(params):
+        leaves = {}
+        for name, p in params.items():
+            leaves[name] = algorithm(np.array(p))
+            next(leaves[name])
+
+        def step(params, grads):
+            return {name: leaf.send(np.asarray(grads[name])) for name, leaf in leaves.items()}
+
+        return step
+
+    return start
+
+
+def atan2(theta, lr=1e-2, b1=0.9, b2=0.999):
+    """Everett et al. 2024: Adam with a arctan2(m, sqrt(v)) for the division."""
+    m = v = t = 0
+    while True:
+        g = yield theta
+        t += 1
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        theta = theta - lr * 4 / np.pi * np.arctan2(m / (1 - b1**t), np.sqrt(v / (1 - b2**t)))
+
+
+def laprop(theta, lr=1e-2, b1=0.9, b2=0.999, eps=1e-15):
+    """Ziyin et al. 2020, algorithm 1."""
+    n = m = t = 0
+    while True:
+        g = yield theta
+        t += 1
+        n = b2 * n + (1 - b2) * g**2
+        m = b1 * m + (1 - b1) * g / (np.sqrt(n / (1 - b2**t)) + eps)
+        theta = theta - lr * m / (1 - b1**t)
+
+
+def adopt(theta, lr=1e-2, b1=0.9, b2=0.9999, eps=1e-6, clip=True):
+    """Taniguchi et al. 2024, algorithm 2."""
+    g = yield theta
+    m, v, t = 0, g**2, 0
+    while True:
+        g = yield theta
+        t += 1
+        direction = g / np.maximum(np.sqrt(v), eps)
+        m = b1 * m + (1 - b1) * (np.clip(direction, -(t**0.25), t**0.25) if clip else direction)
+        v = b2 * v + (1 - b2) * g**2
+        theta = theta - lr * m
+
+
+def ademamix(theta, lr=1e-3, b1=0.9, b2=0.999, b3=0.99, alpha=2.0, eps=1e-8, decay=0.1):
+    """Pagliardini et al. 2024, algorithm 1 with constant alpha and b3."""
+    m1 = m2 = v = t = 0
+    while True:
+        g = yield theta
+        t += 1
+        m1, m2 = b1 * m1 + (1 - b1) * g, b3 * m2 + (1 - b3) * g
+        v = b2 * v + (1 - b2) * g**2
+        direction = (m1 / (1 - b1**t) + alpha * m2) / (np.sqrt(v / (1 - b2**t)) + eps)
+        theta = theta - lr * (direction + decay * theta)
+
+
+def lion(theta, lr=1e-3, b1=0.9, b2=0.99, decay=0.1):
+    """Chen et al. 2023, algorithm 2."""
+    m = 0
+    while True:
+        g = yield theta
+        step = np.sign(b1 * m + (1 - b1) * g)
+        m = b2 * m + (1 - b2) * g
+        theta = theta - lr * (step + decay * theta)
+
+
+def cautious_adamw(theta, lr=1e-2, b1=0.9, b2=0.999, eps=1e-8, decay=0.1):
+    """Liang et al. 2024, algorithm 1, with the mean of the mask bounded below as in their code."""
+    m = v = t = 0
+    while True:
+        g = yield theta
+        t += 1
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        u = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+        phi = (u * g > 0).astype(float)
+        theta = theta - lr * (u * phi / max(phi.mean(), 1e-3) + decay * theta)
+
+
+def keras_amsgrad(theta, lr=1e-3, b1=0.9, b2=0.999, eps=1e-3):
+    """Keras's Adam(amsgrad=True): the maximum of the raw v, epsilon next to its root."""
+    m = v = v_max = t = 0
+    while True:
+        g = yield theta
+        t += 1
+        alpha = lr * np.sqrt(1 - b2**t) / (1 - b1**t)
+        m, v = m + (g - m) * (1 - b1), v + (g**2 - v) * (1 - b2)
+        v_max = np.maximum(v_max, v)
+        theta = theta - alpha * m / (np.sqrt(v_max) + eps)
+
+
+def paper_amsgrad(theta, lr=1e-3, b1=0.9, b2=0.999, eps=1e-8):
+    """Reddi et al. 2018, algorithm 2: no correction at all."""
+    m = v = v_max = 0
+    while True:
+        g = yield theta
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        v_max = np.maximum(v_max, v)
+        theta = theta - lr * m / (np.sqrt(v_max) + eps)
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+class Spec(NamedTuple):
+    ours: optax.GradientTransformation
+    reference: Callable
+    tolerance: str  # a key of TOLERANCES, or "bitwise": under jit in float32
+
+
+SCHEDULE = optax.cosine_decay_schedule(1e-2, STEPS, 0.1)
+
+
+def like_optax(name, tolerance, *args, library=optax, **options):
+    return Spec(
+        getattr(adam_jax, name)(*args, **options),
+        of_transformation(getattr(library, name)(*args, **options)),
+        tolerance,
+    )
+
+
+def like_torch(ours, factory, **options):
+    return Spec(ours, of_torch(lambda ps: factory(ps, **options)), "torch")
+
+
+optim = torch.optim
+SPECS = {
+    # optax, its own arithmetic
+    "sgd": like_optax("sgd", "bitwise", 1e-4),
+    "sgd, momentum": like_optax(
+        "sgd", "bitwise", optax.cosine_decay_schedule(1e-4, STEPS), momentum=0.9
+    ),
+    "sgd, nesterov": like_optax("sgd", "bitwise", 1e-5, momentum=0.9, nesterov=True),
+    "momentum": Spec(adam_jax.momentum(1e-4), of_transformation(optax.sgd(1e-4, 0.9)), "bitwise"),
+    "nesterov": Spec(
+        adam_jax.optimizers.nesterov(1e-4),
+        of_transformation(optax.sgd(1e-4, 0.9, nesterov=True)),
+        "bitwise",
+    ),
+    "adam": like_optax("adam", "bitwise", SCHEDULE),
+    "adamw, masked": like_optax("adamw", "bitwise", 1e-2, weight_decay=0.1, mask=matrices_only),
+    "nadam": like_optax("nadam", "bitwise", 1e-2),
+    "nadamw": like_optax("nadamw", "bitwise", SCHEDULE),
+    "amsgrad": like_optax("amsgrad", "bitwise", 1e-2),
+    "amsgrad, uncorrected": like_optax(
+        "amsgrad", "bitwise", 1e-2, bias_correction_mu=False, bias_correction_nu=False
+    ),
+    "amsgrad, mu uncorrected": like_optax("amsgrad", "bitwise", 1e-2, bias_correction_mu=False),
+    "radam": like_optax("radam", "bitwise", 1e-4),
+    "adabelief": like_optax("adabelief", "bitwise", 1e-2),
+    "adabelief, nesterov": like_optax("adabelief", "bitwise", 1e-2, eps=1e-8, nesterov=True),
+    "yogi": like_optax("yogi", "bitwise", 1e-2),
+    "lamb": like_optax("lamb", "bitwise", 1e-2, weight_decay=0.1),
+    "lion": like_optax("lion", "bitwise", 1e-3),
+    # optax, with the same value by other operations: rsqrt, the square of a maximum
+    "radam, threshold": like_optax("radam", "reference", 1e-4, b2=0.9, threshold=6.0),
+    "radam, nesterov": like_optax("radam", "reference", 1e-4, nesterov=True),
+    "adagrad": like_optax("adagrad", "reference", 1e-1),
+    "rmsprop": like_optax("rmsprop", "reference", 1e-4),
+    "rmsprop, eps outside": like_optax("rmsprop", "reference", 1e-4, eps_in_sqrt=False),
+    "rmsprop, centered": like_optax(
+        "rmsprop", "centered", 1e-4, decay=0.99, eps=1e-2, centered=True
+    ),
+    "rmsprop, all": like_optax(
+        "rmsprop",
+        "reference",
+        optax.cosine_decay_schedule(1e-5, STEPS),
+        initial_scale=1.0,
+        momentum=0.9,
+        nesterov=True,
+        bias_correction=True,
+    ),
+    "adamax": like_optax("adamax", "reference", 1e-2),
+    "adamaxw": like_optax("adamaxw", "reference", SCHEDULE, weight_decay=0.1),
+    "adopt (optax)": like_optax("adopt", "reference", 1e-2, library=optax.contrib),
+    "adopt (optax), unclipped": like_optax(
+        "adopt", "reference", 1e-2, library=optax.contrib, use_clipping=False
+    ),
+    "ademamix (optax)": like_optax("ademamix", "reference", 1e-3, library=optax.contrib),
+    "ademamix (optax), scheduled": like_optax(
+        "ademamix",
+        "reference",
+        1e-3,
+        library=optax.contrib,
+        b3=optax.linear_schedule(0.9, 0.999, 100),
+        alpha=optax.linear_schedule(0.0, 5.0, 100),
+        weight_decay=0.1,
+    ),
+    # PyTorch
+    "Adam (torch)": like_torch(adam_jax.adam(1e-2, eps=1e-6), optim.Adam, lr=1e-2, eps=1e-6),
+    "AdamW (torch)": like_torch(
+        adam_jax.adamw(1e-2, weight_decay=0.1), optim.AdamW, lr=1e-2, weight_decay=0.1
+    ),
+    "AMSGrad (torch)": like_torch(
+        adam_jax.amsgrad(1e-2, max_before_correction=True), optim.Adam, lr=1e-2, amsgrad=True
+    ),
+    "NAdam (torch)": like_torch(adam_jax.nadam(1e-2, momentum_decay=4e-3), optim.NAdam, lr=1e-2),
+    "NAdamW (torch)": like_torch(
+        adam_jax.nadamw(1e-2, momentum_decay=1e-2, weight_decay=0.1),
+        optim.NAdam,
+        lr=1e-2,
+        momentum_decay=1e-2,
+        weight_decay=0.1,
+        decoupled_weight_decay=True,
+    ),
+    "RAdam (torch)": like_torch(
+        adam_jax.radam(1e-2, eps=1e-4, eps_hat=True), optim.RAdam, lr=1e-2, eps=1e-4
+    ),
+    "Adamax (torch)": like_torch(adam_jax.adamax(1e-2), optim.Adamax, lr=1e-2),
+    "Adagrad (torch)": like_torch(
+        adam_jax.adagrad(1e-1, 0.5, eps=1e-10, eps_in_sqrt=False),
+        optim.Adagrad,
+        lr=1e-1,
+        initial_accumulator_value=0.5,
+    ),
+    "RMSprop (torch)": like_torch(
+        adam_jax.rmsprop(1e-2, decay=0.99, eps_in_sqrt=False, momentum=0.9),
+        optim.RMSprop,
+        lr=1e-2,
+        momentum=0.9,
+    ),
+    "RMSprop, centered (torch)": like_torch(
+        adam_jax.rmsprop(1e-4, decay=0.99, eps=1e-2, eps_in_sqrt=False, centered=True),
+        optim.RMSprop,
+        lr=1e-4,
+        eps=1e-2,
+        centered=True,
+    ),
+    "SGD, momentum (torch)": like_torch(adam_jax.momentum(1e-4), optim.SGD, lr=1e-4, momentum=0.9),
+    "SGD, nesterov (torch)": like_torch(
+        adam_jax.optimizers.nesterov(1e-4), optim.SGD, lr=1e-4, momentum=0.9, nesterov=True
+    ),
+    # the papers
+    "adam_atan2 (paper)": Spec(adam_jax.adam_atan2(1e-2), of_paper(atan2), "reference"),
+    "laprop (paper)": Spec(adam_jax.laprop(1e-2), of_paper(laprop), "reference"),
+    "adopt (paper)": Spec(adam_jax.adopt(1e-2), of_paper(adopt), "reference"),
+    "adopt, unclipped (paper)": Spec(
+        adam_jax.adopt(1e-2, use_clipping=False),
+        of_paper(lambda theta: adopt(theta, clip=False)),
+        "reference",
+    ),
+    "ademamix (paper)": Spec(
+        adam_jax.ademamix(1e-3, b3=0.99, alpha=2.0, weight_decay=0.1),
+        of_paper(ademamix),
+        "reference",
+    ),
+    "lion (paper)": Spec(adam_jax.lion(1e-3, weight_decay=0.1), of_paper(lion), "reference"),
+    "cautious_adamw (paper)": Spec(
+        adam_jax.cautious_adamw(1e-2, weight_decay=0.1), of_paper(cautious_adamw), "reference"
+    ),
+    "amsgrad (paper)": Spec(
+        adam_jax.amsgrad(1e-3, bias_correction_mu=False, bias_correction_nu=False),
+        of_paper(paper_amsgrad),
+        "reference",
+    ),
+    "amsgrad (Keras)": Spec(
+        adam_jax.amsgrad(1e-3, eps=1e-3, max_before_correction=True, eps_hat=True),
+        of_paper(keras_amsgrad),
+        "reference",
+    ),
+}
+
+
+def trajectory(start, problem):
+    params = jax.tree.map(jnp.asarray, problem.params)
+    step, steps = start(problem.params), []
+    for t in range(STEPS):
+        params = step(params, problem.gradient(params, t))
+        steps.append(jax.tree.map(np.asarray, params))
+    return {name: np.stack([step[name] for step in steps]) for name in problem.params}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("name", SPECS)
+def test_member(name, problem, request):
+    spec = SPECS[name]
+    bitwise = spec.tolerance == "bitwise"
+    if not bitwise:
+        request.getfixturevalue("x64")
+    problem = PROBLEMS[problem]("float32" if bitwise else "float64")
+    ours = trajectory(of_transformation(spec.ours), problem)
+    theirs = trajectory(spec.reference, problem)
+    rtol, atol, reason = (0, 0, "bitwise") if bitwise else TOLERANCES[spec.tolerance]
+    for leaf, expected in theirs.items():
+        assert np.all(np.isfinite(expected))
+        assert np.any(expected[-1] != problem.params[leaf])
+        np.testing.assert_allclose(ours[leaf], expected, rtol=rtol, atol=atol, err_msg=reason)
+
+
+def test_every_member_has_a_reference():
+    """So that a member that joins the package cannot forget the table."""
+    named = " ".join(SPECS) + " AdamW (torch)"
+    members = {
+        name
+        for name, thing in vars(adam_jax.optimizers).items()
+        if callable(thing)
+        and getattr(thing, "__module__", "") == "adam_jax.optimizers"
+        and not name.startswith("_")
+    }
+    assert len(members) >= 22
+    for name in members:
+        assert name in named, f"{name} has no row in SPECS"
+
+
+# --- What optax itself misses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("theirs", "torch_name"),
+    [(optax.amsgrad(1e-2), "AMSGrad (torch)"), (optax.nadam(1e-2), "NAdam (torch)")],
+    ids=["amsgrad", "nadam"],
+)
+def test_optax_is_another_definition(theirs, torch_name, x64):
+    """The updates differ visibly: so the rows of the table above can fail."""
+    problem = random_gradients("float64")
+    torch_trajectory = trajectory(SPECS[torch_name].reference, problem)
+    optax_trajectory = trajectory(of_transformation(theirs), problem)
+    steps = [np.diff(path["w"], axis=0) for path in (optax_trajectory, torch_trajectory)]
+    ratio = np.linalg.norm(steps[0]) / np.linalg.norm(steps[1])
+    difference = np.linalg.norm(steps[0] - steps[1]) / np.linalg.norm(steps[1])
+    assert difference > 0.05, (ratio, difference)
+
+
+# --- Cross-products that nobody ships -------------------------------------------------------------
+
+CROSSES = {
+    "rectified AdaBelief": optax.chain(
+        adam_jax.scale_by_moments(second_moment=adam_jax.belief),
+        adam_jax.rectify(),
+        adam_jax.scale_by_lr(1e-4),
+    ),
+    "AMSGrad with atan2": optax.chain(
+        adam_jax.scale_by_moments(),
+        adam_jax.running_max(),
+        adam_jax.atan2(),
+        adam_jax.scale_by_lr(1e-2),
+    ),
+    "Nesterov Yogi": adam_jax.yogi(1e-2, nesterov=True),
+    "RAdam with scheduled decays": adam_jax.radam(
+        1e-4, b2=lambda count: 0.9 + 0.0999 * jnp.minimum(count.astype(float) / 100, 1.0)
+    ),
+    "cautious Lion": optax.chain(
+        adam_jax.scale_by_moments(0.99, None),
+        adam_jax.interpolate(0.9),
+        adam_jax.cautious(),
+        adam_jax.first_moment(),
+        optax.scale_by_sign(),
+        adam_jax.scale_by_lr(1e-3),
+    ),
+    "AdEMAMix with AMSGrad and atan2": optax.chain(
+        adam_jax.scale_by_moments(),
+        adam_jax.running_max(),
+        adam_jax.debias(),
+        adam_jax.mix_slow_moment(0.99, 2.0),
+        adam_jax.atan2(),
+        adam_jax.scale_by_lr(1e-3),
+    ),
+}
+each_cross = pytest.mark.parametrize("tx", CROSSES.values(), ids=CROSSES.keys())
+
+
+@each_cross
+@pytest.mark.parametrize("name", ["rosenbrock", "network"])
+def test_crosses_descend(tx, name, x64):
+    problem = PROBLEMS[name]("float64")
+    path = trajectory(of_transformation(tx), problem)
+    gradient_norms = [
+        optax.tree.norm(problem.gradient(jax.tree.map(lambda p, t=t: p[t], path), t))
+        for t in (0, STEPS - 1)
+    ]
+    assert gradient_norms[1] < gradient_norms[0]
+
+
+@each_cross
+def test_crosses_are_natural_and_keep_their_state(tx):
+    """Law 7, and stable state leaves: shape and dtype, under scan."""
+    problem = random_gradients("float32")
+    params = jax.tree.map(jnp.asarray, problem.params)
+    grads = [problem.gradient(None, t) for t in range(20)]
+    whole, alone = tx.init(params), {name: tx.init(p) for name, p in params.items()}
+    for g in grads:
+        updates, whole = tx.update(g, whole)
+        for name in params:
+            update, alone[name] = tx.update(g[name], alone[name])
+            np.testing.assert_array_equal(update, updates[name])
+    jax.lax.scan(
+        lambda state, g: tx.update(g, state)[::-1],
+        tx.init(params),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *grads),
+    )
+
+
+@pytest.mark.parametrize("name", ["AMSGrad with atan2", "rectified AdaBelief"])
+def test_crosses_are_scale_invariant(name, x64):
+    """Law 5, where nothing adds an epsilon and the division has begun."""
+    tx = CROSSES[name]
+    if name == "rectified AdaBelief":
+        tx = optax.chain(
+            adam_jax.scale_by_moments(b2=0.5, second_moment=adam_jax.belief),
+            adam_jax.bias_correct(eps=0),
+        )
+    problem = random_gradients("float64")
+    states = [tx.init(problem.params) for _ in range(2)]
+    for t in range(20):
+        g = problem.gradient(None, t)
+        one, states[0] = tx.update(g, states[0])
+        two, states[1] = tx.update(jax.tree.map(lambda x: 1024 * x, g), states[1])
+        for leaf in one:
+            np.testing.assert_array_equal(one[leaf], two[leaf])
+
+
+def test_atan2_is_bounded(x64):
+    """No epsilon, and no step beyond 2 alpha, whatever the gradients."""
+    tx = adam_jax.adam_atan2(1.0)
+    worst = np.concatenate([np.zeros(5000), (0.999 / 0.9) ** np.arange(500.0)])
+    _, updates = jax.lax.scan(
+        lambda state, g: tx.update(g, state)[::-1], tx.init(jnp.zeros(())), jnp.asarray(worst)
+    )
+    assert np.max(np.abs(updates)) <= 2
+    assert np.max(np.abs(updates)) > 1.8
+
+
+def test_the_length_of_a_moving_average(x64):
+    """nu_length by its definition: twice the mean age of the gradients in the average, plus 1."""
+    rate = lambda t: 0.9 + 0.09 * jnp.sin(t.astype(float))  # noqa: E731
+    for b2 in (0.9, rate):
+        stage = adam_jax.scale_by_moments(b2=b2)
+        state, weights = stage.init(jnp.zeros(())), np.zeros(0)
+        for t in range(50):
+            moments, state = stage.update(jnp.ones(()), state)
+            decay = float(rate(jnp.asarray(t))) if callable(b2) else b2
+            weights = np.append(decay * weights, 1 - decay)
+            mean_age = (weights * np.arange(t, -1, -1)).sum() / weights.sum()
+            assert float(moments.nu_length) == pytest.approx(2 * mean_age + 1, rel=1e-9)
+
+
+@pytest.mark.parametrize("b2", [0.999, lambda count: 0.999], ids=["number", "schedule"])
+def test_rectification_of_a_schedule_is_that_of_the_number(b2, x64):
+    problem = random_gradients("float64")
+    expected = trajectory(of_transformation(adam_jax.radam(1e-2)), problem)
+    ours = trajectory(of_transformation(adam_jax.radam(1e-2, b2=b2)), problem)
+    for leaf in expected:
+        np.testing.assert_allclose(ours[leaf], expected[leaf], rtol=TOLERANCES["torch"].rtol)
+
+
+# --- What the parts can do, every member can ------------------------------------------------------
+
+MEMBERS = [
+    "sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw", "nadam", "nadamw", "amsgrad", "radam",
+    "adabelief", "adamax", "adamaxw", "yogi", "lamb", "adam_atan2", "laprop", "adopt", "ademamix",
+    "lion", "cautious_adamw",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_common_options(name):
+    """Decay with a mask, narrow moments, both looks ahead: each accepted, each with an effect."""
+    factory = getattr(adam_jax, name)
+    accepted = inspect.signature(factory).parameters
+    assert {"weight_decay", "mask"} <= set(accepted)
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    rng = np.random.default_rng(0)
+    grads = [jax.tree.map(lambda p: rng.normal(size=p.shape).astype("float32"), params)] * 2
+    grads[1] = jax.tree.map(lambda g: -0.3 * g + 0.1, grads[1])
+    grads *= 4  # radam divides from its sixth step on
+
+    def updates(**options):
+        tx = factory(1e-2, **options)
+        state = tx.init(params)
+        for g in grads:
+            update, state = tx.update(g, state, params)
+        return update, state
+
+    plain, _ = updates(weight_decay=None)
+    decayed, _ = updates(weight_decay=0.5, mask=matrices_only)
+    if name != "lamb":  # its trust ratio rescales what the decay adds
+        np.testing.assert_allclose(decayed["w"], plain["w"] - 0.5e-2, rtol=1e-5)
+    np.testing.assert_array_equal(decayed["b"], plain["b"])
+    for option, value in (("nesterov", True), ("eps_hat", True), ("eps_root", 0.1)):
+        if option in accepted and name not in ("sgd", "rmsprop"):
+            base, _ = updates(**({"nesterov": False} if option == "nesterov" else {}))
+            extra = (
+                {"max_before_correction": True} if (name, option) == ("amsgrad", "eps_hat") else {}
+            )
+            changed, _ = updates(**{option: value}, **extra)
+            assert np.any(changed["w"] != base["w"]), option
+    for option in ("mu_dtype", "nu_dtype"):
+        if option in accepted:
+            _, state = updates(
+                **{option: jnp.bfloat16} | ({"centered": True} if name == "rmsprop" else {})
+            )
+            kept = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.ndim(leaf)}
+            assert jnp.dtype(jnp.bfloat16) in kept
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_keep_dtypes_and_inject(name):
+    """bfloat16 parameters, float32 state, no drift; and optax.inject_hyperparams on the factory."""
+    params = {
+        "w": jnp.ones((2, 3), jnp.bfloat16),
+        "none": None,
+        "empty": jnp.ones((0,), jnp.bfloat16),
+    }
+    factory = getattr(adam_jax, name)
+    injected = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)(1e-2)
+    # optax.trace widens its own state when its decay is a float32 array (optax#1207).
+    for tx in [factory(1e-2)] + [injected] * (name != "momentum"):
+        state = tx.init(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, new_state = jax.jit(tx.update)(params, state, params)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+        described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+        assert described(new_state) == described(state)
