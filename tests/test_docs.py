@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
+import chains
 import jax
 import pytest
 
@@ -35,13 +37,17 @@ def test_public_docstrings(name):
         for section in sections:
             assert section in doc, f"{name} has no {section}"
         assert ">>>" in doc
-        for parameter in inspect.signature(thing).parameters:
-            assert f"{parameter}:" in doc, f"{name} does not document {parameter}"
+        if "rguments are those of `adamw`" not in doc:
+            for parameter in inspect.signature(thing).parameters:
+                assert f"{parameter}:" in doc, f"{name} does not document {parameter}"
+
+
+def test_the_table_of_the_family_is_the_code():
+    """Print it with `python tests/chains.py`."""
+    assert chains.table() in (ROOT / "README.md").read_text()
 
 
 def test_no_runtime_dependency_but_jax_and_optax():
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=\[]", requirement)[0] for requirement in project["dependencies"]}
     assert names == {"jax", "jaxlib", "optax"}

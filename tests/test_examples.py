@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import runpy
 import struct
 import subprocess
@@ -141,3 +142,21 @@ def test_mnist_help(tmp_path):
     assert done.returncode == 0
     for option in ("--data-dir", "--loss", "--epochs", "--plot", "article"):
         assert option in done.stdout
+
+
+def test_compare(tmp_path):
+    """Two pictures, and the story they tell: Adam ends at the wrong end, AMSGrad at the minimum."""
+    done = run("compare.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ends = dict(re.findall(r"(Adam|AMSGrad) +ends at ([+-][\d.]+)", done.stdout))
+    assert float(ends["Adam"]) > 0.99
+    assert float(ends["AMSGrad"]) < -0.99
+    assert len(re.findall(r"rate [\d.e-]+ +loss [\d.e-]+", done.stdout)) == 14
+    for picture in ("surfaces.png", "counterexample.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_compare_says_what_is_wrong(tmp_path):
+    done = run("compare.py", "--directory", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no directory" in done.stderr
