@@ -189,9 +189,12 @@ def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransfo
         mu, root = moments.mu, sqrt(_second_moment(moments))
         # atan2(0, 0) is 0 with an undefined derivative, atan2(0, 1) is 0 with a derivative.
         root = jnp.where((root == 0) & (mu == 0), 1, root)
-        angle = jnp.arctan2(jnp.abs(mu), root).astype(mu.dtype) * jnp.sign(mu)
-        if jnp.isrealobj(mu):
+        if jnp.iscomplexobj(mu):
+            angle = jnp.sign(mu) * jnp.arctan2(jnp.abs(mu), root).astype(mu.dtype)
+        else:
             angle = jnp.arctan2(mu, root)
+        # An infinite gradient has an angle, 0 times it has none: it shall not pass unseen.
+        angle = angle + 0 * mu
         return (signals.cast(scale, mu.dtype) * angle).astype(moments.grad.dtype)
 
     return stateless("atan2", leaf)

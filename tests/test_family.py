@@ -324,9 +324,9 @@ SPECS = {
         initial_accumulator_value=0.5,
     ),
     "RMSprop (torch)": like_torch(
-        adam_jax.rmsprop(1e-2, decay=0.99, eps_in_sqrt=False, momentum=0.9),
+        adam_jax.rmsprop(1e-4, decay=0.99, eps_in_sqrt=False, momentum=0.9),
         optim.RMSprop,
-        lr=1e-2,
+        lr=1e-4,
         momentum=0.9,
     ),
     "RMSprop, centered (torch)": like_torch(

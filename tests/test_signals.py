@@ -129,6 +129,46 @@ BUILDING = {
         ValueError,
         "nu_dtype must be a floating-point dtype, got 'complex64'.",
     ),
+    "neither moment": (
+        lambda: adam_jax.scale_by_moments(None, None),
+        ValueError,
+        "b1 and b2 are both None: there is no moment left to keep.",
+    ),
+    "initial_nu below 0": (
+        lambda: adam_jax.adagrad(0.1, -1.0),
+        ValueError,
+        "initial_nu must be finite and at least 0, got -1.0.",
+    ),
+    "interpolate beyond the average": (
+        lambda: adam_jax.interpolate(1.5),
+        ValueError,
+        "b1 must be in [0, 1), got 1.5.",
+    ),
+    "a threshold without a root": (
+        lambda: adam_jax.rectify(threshold=3),
+        ValueError,
+        "threshold must be at least 4, got 3.0.",
+    ),
+    "a momentum for the stage nesterov": (
+        lambda: adam_jax.nesterov(0.9),
+        TypeError,
+        "momentum must be a schedule or None, got 0.9.",
+    ),
+    "a constant limit": (
+        lambda: adam_jax.clip_by_schedule(1.0),
+        TypeError,
+        "limit must be a schedule, got 1.0; for a constant use optax.clip.",
+    ),
+    "epsilon hat of a corrected maximum": (
+        lambda: adam_jax.amsgrad(1e-3, eps_hat=True),
+        ValueError,
+        "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras.",
+    ),
+    "Dozat's schedule of a schedule": (
+        lambda: adam_jax.nadam(1e-3, b1=abs, momentum_decay=4e-3),
+        TypeError,
+        "momentum_decay needs a b1 that is a number or a 0-d array.",
+    ),
     "the rule called": (
         lambda: adam_jax.scale_by_moments(second_moment=0.999),
         TypeError,
@@ -175,6 +215,14 @@ RUNNING = {
         TypeError,
         "debias takes the Moments that adam_jax.scale_by_moments emits, but got a plain update: "
         "put adam_jax.scale_by_moments(...) before debias.",
+    ),
+    "nothing to divide by": (
+        lambda: updated(
+            optax.chain(adam_jax.scale_by_moments(0.9, None), adam_jax.bias_correct()), PARAMS
+        ),
+        TypeError,
+        "There is no second moment to divide by: give adam_jax.scale_by_moments a b2, or step "
+        "along the first moment with adam_jax.first_moment().",
     ),
     "adamw without params": (
         lambda: updated(adam_jax.adamw(1e-3), PARAMS, pass_params=False),
