@@ -256,7 +256,7 @@ def _second_moment(moments: Moments) -> jax.Array:
 @jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
     """The root, with derivative 0 at 0: infinity there would turn every meta-gradient to NaN."""
-    return jnp.sqrt(x)
+    return jax.lax.sqrt(x)
 
 
 @sqrt.defjvp
@@ -271,4 +271,4 @@ def divide(x: jax.Array, y: jax.Array) -> jax.Array:
     One select on the divisor: it stops the derivative too, and leaves XLA the division to simplify
     as it does for optax (a select on the quotient would cost the bitwise equality).
     """
-    return x / jnp.where(y == 0, jnp.inf, y)
+    return x / jax.lax.select(y == 0, jax.lax.full_like(y, jnp.inf), y)
