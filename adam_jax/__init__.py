@@ -56,6 +56,12 @@ from adam_jax.optimizers import (
     sgd,
     yogi,
 )
+from adam_jax.rounding import (
+    CompensateState,
+    RoundStochasticallyState,
+    compensate,
+    round_stochastically,
+)
 from adam_jax.signals import Last, Moments
 
 __version__ = "0.1.0"
@@ -89,6 +95,9 @@ __all__ = [
     # updates to updates
     "clip_by_schedule",
     "scale_by_lr",
+    # updates to updates that low-precision parameters land on
+    "round_stochastically",
+    "compensate",
     # the states
     "ScaleByMomentsState",
     "Weight",
@@ -97,6 +106,8 @@ __all__ = [
     "MixSlowMomentState",
     "ClipByScheduleState",
     "ScaleByLrState",
+    "RoundStochasticallyState",
+    "CompensateState",
     # whole optimizers, one chain each (`optimizers.nesterov` is one more)
     "sgd",
     "momentum",

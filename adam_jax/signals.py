@@ -96,14 +96,16 @@ def map_moments(
     return jax.tree_util.tree_map_with_path(leaf, updates, *rest, is_leaf=_is_moments)
 
 
-def map_updates(stage: str, fn: Callable[[jax.Array], Any], updates: optax.Updates) -> Any:
+def map_updates(
+    stage: str, fn: Callable[..., Any], updates: optax.Updates, *rest: optax.Updates
+) -> Any:
     """`fn` on every plain update of the tree; a `Moments` is an error that names `stage`."""
 
-    def leaf(path, update):
+    def leaf(path, update, *others):
         _check_plain(stage, path, update)
-        return fn(jnp.asarray(update))
+        return fn(jnp.asarray(update), *others)
 
-    return jax.tree_util.tree_map_with_path(leaf, updates, is_leaf=_is_moments)
+    return jax.tree_util.tree_map_with_path(leaf, updates, *rest, is_leaf=_is_moments)
 
 
 def pick(field: str, moments: optax.Updates, like: optax.Updates | None) -> Any:

@@ -1,0 +1,217 @@
+"""The end of a chain on low-precision parameters: how an update lands on them.
+
+With bfloat16 parameters an update of 1e-3 at a weight of 1 is lost: the next number is 1.0078.
+These stages compute the new parameter in float32, round it themselves to some :math:`q`, and emit
+:math:`q - p` in float32. That difference is exact, so plain `optax.apply_updates` lands on
+:math:`q`. Parameters of at least 32 bits pass through untouched.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adam_jax import signals
+
+
+class RoundStochasticallyState(NamedTuple):
+    """The state of `round_stochastically`.
+
+    Attributes:
+      count: the number of steps taken, an int32 scalar that saturates.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+
+
+def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
+    r"""Round the new parameter up or down at random, so that it is right on the mean.
+
+    .. math:: q = \lfloor p + u \rfloor \text{ or } \lceil p + u \rceil, \qquad E[q] = p + u
+
+    The random bits are a function of the seed, the step count and the leaf's index in the tree:
+    the same run gives the same bits, on one device or on many.
+
+    Args:
+      seed: an integer that starts the random bits. Default 0.
+
+    Returns:
+      A gradient transformation from updates to updates, with a `RoundStochasticallyState`, for the
+      end of a chain; `update` needs `params`.
+
+    Raises:
+      TypeError: if `seed` is not an integer; in `update`, if it gets `Moments`.
+      ValueError: in `update`, without `params`.
+
+    Example:
+      >>> import adam_jax, optax, jax.numpy as jnp
+      >>> tx = optax.chain(adam_jax.scale_by_lr(1.0), adam_jax.round_stochastically(seed=1))
+      >>> params = jnp.ones(10_000, jnp.bfloat16)
+      >>> updates, _ = tx.update(jnp.full(10_000, -1e-3), tx.init(params), params)
+      >>> new = params.astype(float) + updates  # as optax.apply_updates does
+      >>> print(jnp.unique(new), new.mean())
+      [1.00 1.0078] 1.001
+
+    Source: Ozkara, Yu and Park, "Stochastic Rounding for LLM Training" (arXiv 2502.20566).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+    def init_fn(params):
+        del params
+        return RoundStochasticallyState(count=jnp.zeros([], jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
+        leaves, tree = jax.tree.flatten(_required(params))
+        indices = jax.tree.unflatten(tree, range(len(leaves)))
+
+        def leaf(update, param, index):
+            if not _is_low(param):
+                return update
+            exact = param.astype(jnp.float32) + update.astype(jnp.float32)
+            nearest = exact.astype(param.dtype)
+            beyond = _neighbour(nearest, exact)
+            gap = jnp.abs(_wide(beyond) - _wide(nearest))
+            share = jnp.where(gap > 0, jnp.abs(exact - _wide(nearest)) / gap, 0.0)
+            draw = jax.random.uniform(jax.random.fold_in(key, index), exact.shape)
+            return _landing(param, jnp.where(draw < share, beyond, nearest))
+
+        rounded = signals.map_updates("round_stochastically", leaf, updates, params, indices)
+        return rounded, RoundStochasticallyState(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class CompensateState(NamedTuple):
+    """The state of `compensate`.
+
+    Attributes:
+      residual: what the parameters are short of their exact values, a tree shaped like the
+        low-precision parameters; None in the place of the others.
+    """
+
+    residual: optax.Params
+
+
+def compensate(
+    residual: Literal["bfloat16", "int8"] = "bfloat16",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keep what rounding took from the parameter, and add it to the next update.
+
+    .. math:: q_t = \operatorname{round}(p_{t-1} + r_{t-1} + u_t), \qquad
+              r_t = p_{t-1} + r_{t-1} + u_t - q_t
+
+    Args:
+      residual: how to keep :math:`r`: "bfloat16" in two bytes a parameter, or "int8" in one, as a
+        multiple of 1/254 of the spacing of the numbers at the parameter. Default "bfloat16".
+
+    Returns:
+      A gradient transformation from updates to updates, with a `CompensateState`, for the end of a
+      chain; `update` needs `params`.
+
+    Raises:
+      ValueError: if `residual` is neither of the two; in `update`, without `params`.
+      TypeError: in `update`, if it gets `Moments`.
+
+    Example:
+      >>> import adam_jax, optax, jax.numpy as jnp
+      >>> tx = optax.chain(adam_jax.scale_by_lr(1.0), adam_jax.compensate("int8"))
+      >>> params = jnp.ones(1, jnp.bfloat16)
+      >>> state = tx.init(params)
+      >>> for _ in range(8):  # 8 steps of 1e-3, of which each alone would be lost
+      ...     updates, state = tx.update(jnp.full(1, -1e-3), state, params)
+      ...     params = (params.astype(float) + updates).astype(params.dtype)
+      >>> print(params)
+      [1.00781]
+
+    Source: Kahan, "Further remarks on reducing truncation errors" (1965); "int8" is the 24-bit
+    weight of FlashOptim (arXiv 2602.23349), section 3.1.
+    """
+    if residual not in ("bfloat16", "int8"):
+        raise ValueError(f'residual must be "bfloat16" or "int8", got {residual!r}.')
+
+    def init_fn(params):
+        kept = lambda p: jnp.zeros_like(p, dtype=residual) if _is_low(p) else None  # noqa: E731
+        return CompensateState(jax.tree.map(kept, params))
+
+    def save(short, param):
+        if residual == "bfloat16":
+            return short.astype(jnp.bfloat16)
+        return jnp.round(_finite(short / _spacing(param)) * 254).astype(jnp.int8)
+
+    def load(kept, param):
+        if residual == "bfloat16":
+            return kept.astype(jnp.float32)
+        return kept.astype(jnp.float32) / 254 * _spacing(param)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+
+        def exact(update, param, kept):
+            # In this order: the update and the residual are of like size, the parameter is not.
+            return _wide(param) + (update.astype(jnp.float32) + load(kept, param))
+
+        def landing(update, param, kept):
+            if kept is None:
+                return update
+            return _landing(param, exact(update, param, kept).astype(param.dtype))
+
+        def left(update, param, kept):
+            if kept is None:
+                return None
+            whole = exact(update, param, kept)
+            new = whole.astype(param.dtype)
+            return save(_finite(whole - _wide(new)), new)
+
+        trees = (updates, _required(params), state.residual)
+        rounded = signals.map_updates("compensate", landing, *trees)
+        return rounded, CompensateState(signals.map_updates("compensate", left, *trees))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# --- Numbers of few bits --------------------------------------------------------------------------
+
+
+def _is_low(param: Any) -> bool:
+    dtype = jnp.result_type(param)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _neighbour(x: jax.Array, towards: jax.Array) -> jax.Array:
+    """The next number of `x`'s dtype in the direction of the float32 `towards`; `x` at `x`."""
+    up = jnp.nextafter(x, jnp.full_like(x, jnp.inf))
+    down = jnp.nextafter(x, jnp.full_like(x, -jnp.inf))
+    return jnp.where(towards > _wide(x), up, jnp.where(towards < _wide(x), down, x))
+
+
+def _spacing(x: jax.Array) -> jax.Array:
+    """The distance from `x` to the next larger magnitude, in float32; that of the largest at it."""
+    magnitude = jnp.minimum(jnp.abs(x), jnp.finfo(x.dtype).max)
+    below = jnp.nextafter(magnitude, jnp.zeros_like(x))
+    above = jnp.nextafter(magnitude, jnp.full_like(x, jnp.inf))
+    top = jnp.isinf(above)
+    return jnp.where(top, _wide(magnitude) - _wide(below), _wide(above) - _wide(magnitude))
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """Nothing is kept of an overflow: the parameter itself shows it."""
+    return jnp.where(jnp.isfinite(x), x, 0.0)
+
+
+def _landing(param: jax.Array, new: jax.Array) -> jax.Array:
+    """The update that leads from `param` to `new`: -0 for none, which leaves -0 and infinity be."""
+    return jnp.where(new == param, -0.0, _wide(new) - _wide(param))
+
+
+def _required(params: optax.Params | None) -> optax.Params:
+    if params is None:
+        raise ValueError("Rounding needs the parameters: pass params to update().")
+    return params
