@@ -51,7 +51,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
       >>> updates, _ = tx.update(jnp.full(10_000, -1e-3), tx.init(params), params)
       >>> new = params.astype(float) + updates  # as optax.apply_updates does
       >>> print(jnp.unique(new), new.mean())
-      [1.00 1.0078] 1.001
+      [1.        1.0078] 1.001
 
     Source: Ozkara, Yu and Park, "Stochastic Rounding for LLM Training" (arXiv 2502.20566).
     """
