@@ -47,6 +47,8 @@ def _step(
 ) -> list[Optimizer]:
     """The end of every chain: decay, where it is asked for, and the step."""
     if weight_decay is None:
+        if mask is not None:
+            raise ValueError("mask says which leaves decay, but weight_decay is None.")
         return [scale_by_lr(learning_rate)]
     check_hyperparameter("weight_decay", weight_decay, schedule=True)
     return [optax.add_decayed_weights(weight_decay, mask), scale_by_lr(learning_rate)]
@@ -84,8 +86,22 @@ def sgd(
 
     Source: Robbins and Monro, "A Stochastic Approximation Method" (1951).
     """
-    trace = [] if momentum is None else [optax.trace(momentum, nesterov, accumulator_dtype)]
-    return optax.chain(*trace, *_step(learning_rate, weight_decay, mask))
+    return optax.chain(
+        *_trace(momentum, nesterov, accumulator_dtype),
+        *_step(learning_rate, weight_decay, mask),
+    )
+
+
+def _trace(
+    momentum: Scalar | None, nesterov: bool, accumulator_dtype: Any | None = None
+) -> list[Optimizer]:
+    """A decaying sum of updates, where it is asked for."""
+    if momentum is None:
+        if nesterov:
+            raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
+        return []
+    momentum = check_hyperparameter("momentum", momentum)
+    return [optax.trace(momentum, nesterov, accumulator_dtype)]
 
 
 def momentum(
@@ -262,7 +278,7 @@ def rmsprop(
         *([correction.center()] if centered else []),
         normalize(**_placed(eps, eps_in_sqrt)),
         *_step(learning_rate, weight_decay, mask),
-        *([] if momentum is None else [optax.trace(momentum, nesterov)]),
+        *_trace(momentum, nesterov),
     )
 
 
@@ -421,22 +437,21 @@ def nadam(
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
-    look_ahead = _dozat(b1, momentum_decay) if nesterov else []
     return optax.chain(
         scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        *look_ahead,
+        *_dozat(b1, momentum_decay, nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
     )
 
 
-def _dozat(b1: Any, momentum_decay: Scalar | None) -> list[Optimizer]:
+def _dozat(b1: Any, momentum_decay: Scalar | None, nesterov: bool) -> list[Optimizer]:
     """The look-ahead, with the momentum schedule of Dozat's section 2.2 where one is asked for."""
     if momentum_decay is None:
-        return [correction.nesterov()]
+        return _look_ahead(nesterov)
     decay = check_hyperparameter("momentum_decay", momentum_decay)
-    if callable(b1):
-        raise TypeError("momentum_decay needs a b1 that is a number or a 0-d array.")
+    if callable(b1) or not nesterov:
+        raise ValueError("momentum_decay needs nesterov=True and a b1 that is no schedule.")
     return [correction.nesterov(lambda t: b1 * (1 - 0.5 * 0.96 ** (decay * (t.astype(float) + 1))))]
 
 
@@ -480,10 +495,9 @@ def nadamw(
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
-    look_ahead = _dozat(b1, momentum_decay) if nesterov else []
     return optax.chain(
         scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        *look_ahead,
+        *_dozat(b1, momentum_decay, nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
     )
@@ -714,14 +728,16 @@ def adamaxw(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
     """
-    check_hyperparameter("eps", eps)
-    rule = partial(infinity, eps=eps)
-    return optax.chain(
-        scale_by_moments(b1, b2, second_moment=rule, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
-        *_look_ahead(nesterov),
-        debias(nu=False),
-        normalize(eps=0.0),
-        *_step(learning_rate, weight_decay, mask),
+    return adamax(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        nesterov=nesterov,
+        mu_dtype=mu_dtype,
+        nu_dtype=nu_dtype,
+        weight_decay=weight_decay,
+        mask=mask,
     )
 
 

@@ -166,8 +166,23 @@ BUILDING = {
     ),
     "Dozat's schedule of a schedule": (
         lambda: adam_jax.nadam(1e-3, b1=abs, momentum_decay=4e-3),
-        TypeError,
-        "momentum_decay needs a b1 that is a number or a 0-d array.",
+        ValueError,
+        "momentum_decay needs nesterov=True and a b1 that is no schedule.",
+    ),
+    "a mask for no decay": (
+        lambda: adam_jax.adam(1e-3, mask=True),
+        ValueError,
+        "mask says which leaves decay, but weight_decay is None.",
+    ),
+    "a look ahead along no momentum": (
+        lambda: adam_jax.sgd(0.1, nesterov=True),
+        ValueError,
+        "nesterov looks ahead along the momentum, but momentum is None.",
+    ),
+    "a momentum below 0": (
+        lambda: adam_jax.momentum(0.1, -0.9),
+        ValueError,
+        "momentum must be finite and at least 0, got -0.9.",
     ),
     "the rule called": (
         lambda: adam_jax.scale_by_moments(second_moment=0.999),
