@@ -160,7 +160,8 @@ def running_max() -> optax.GradientTransformationExtraArgs:
         del params, extra_args
 
         def leaf(moments, largest):
-            return moments._replace(nu=jnp.maximum(largest.astype(moments.nu.dtype), moments.nu))
+            nu = signals.second_moment(moments)
+            return moments._replace(nu=jnp.maximum(largest.astype(nu.dtype), nu))
 
         moments = signals.map_moments("running_max", leaf, updates, state.nu_max)
         return moments, RunningMaxState(signals.pick("nu", moments, state.nu_max))
@@ -202,8 +203,8 @@ def center() -> optax.GradientTransformationExtraArgs:
 
     def leaf(moments: Moments) -> Moments:
         mu = moments.mu
-        nu = moments.nu - jnp.real(jnp.conj(mu) * mu)
-        return _of_gradient(moments)._replace(nu=nu)
+        nu = signals.second_moment(moments) - jnp.real(jnp.conj(mu) * mu)
+        return moments._replace(mu=moments.grad.astype(mu.dtype), mu_weight=1.0, nu=nu)
 
     return stateless("center", leaf)
 
@@ -268,8 +269,8 @@ def floor(*, eps: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs
     eps = signals.check_hyperparameter("eps", eps)
 
     def leaf(moments: Moments) -> Moments:
-        least = signals.cast(eps, moments.nu.dtype) ** 2
-        return moments._replace(nu=jnp.maximum(moments.nu, least))
+        nu = signals.second_moment(moments)
+        return moments._replace(nu=jnp.maximum(nu, signals.cast(eps, nu.dtype) ** 2))
 
     return stateless("floor", leaf)
 
@@ -302,6 +303,8 @@ def interpolate(b1: signals.Scalar) -> optax.GradientTransformationExtraArgs:
     b1 = signals.check_hyperparameter("b1", b1, upper=1)
 
     def leaf(moments: Moments) -> Moments:
+        if moments.last.mu is None:
+            raise TypeError("There is no first moment: give adam_jax.scale_by_moments a b1.")
         dtype = moments.mu.dtype
         decay = signals.cast(b1, dtype)
         mu = (1 - decay) * moments.grad.astype(dtype) + decay * moments.last.mu
@@ -443,11 +446,6 @@ def debiased_nu(moments: Moments) -> Moments:
         return moments
     nu = moments.nu / signals.cast(moments.nu_weight, moments.nu.dtype)
     return moments._replace(nu=nu, nu_weight=1.0)
-
-
-def _of_gradient(moments: Moments) -> Moments:
-    """The gradient itself for the first moment."""
-    return moments._replace(mu=moments.grad.astype(moments.mu.dtype), mu_weight=1.0)
 
 
 def looked_ahead(moments: Moments) -> Moments:

@@ -186,7 +186,7 @@ def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransfo
 
     def leaf(moments: Moments) -> jax.Array:
         moments = debiased_nu(debiased_mu(moments))
-        mu, root = moments.mu, sqrt(_second_moment(moments))
+        mu, root = moments.mu, sqrt(signals.second_moment(moments))
         # atan2(0, 0) is 0 with an undefined derivative, atan2(0, 1) is 0 with a derivative.
         root = jnp.where((root == 0) & (mu == 0), 1, root)
         if jnp.iscomplexobj(mu):
@@ -238,19 +238,10 @@ def normalized(
     moments: Moments, eps: jax.typing.ArrayLike, eps_root: jax.typing.ArrayLike
 ) -> jax.Array:
     """`normalize` on one leaf."""
-    mu, nu = moments.mu, _second_moment(moments)
+    mu, nu = moments.mu, signals.second_moment(moments)
     root = sqrt(nu + signals.cast(eps_root, nu.dtype))
     denominator = (root + signals.cast(eps, nu.dtype)).astype(mu.dtype)
     return divide(mu, denominator).astype(moments.grad.dtype)
-
-
-def _second_moment(moments: Moments) -> jax.Array:
-    if moments.nu is None:
-        raise TypeError(
-            "There is no second moment to divide by: give adam_jax.scale_by_moments a b2, or step "
-            "along the first moment with adam_jax.first_moment()."
-        )
-    return moments.nu
 
 
 @jax.custom_jvp

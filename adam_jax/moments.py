@@ -279,12 +279,11 @@ def scale_by_moments(
 
     def init_fn(params: optax.Params) -> ScaleByMomentsState:
         signals.check_params("scale_by_moments", params, mu_dtype)
-        mu = signals.full_like(params, initial_mu, mu_dtype)
-        nu = signals.full_like(params, initial_nu, nu_dtype, jnp.floating)
+        nu_kind = jnp.floating  # real for complex parameters too
         return ScaleByMomentsState(
             count=jnp.zeros([], jnp.int32),
-            mu=None if b1 is None else mu,
-            nu=None if b2 is None else nu,
+            mu=None if b1 is None else signals.full_like(params, initial_mu, mu_dtype),
+            nu=None if b2 is None else signals.full_like(params, initial_nu, nu_dtype, nu_kind),
             mu_weight=None if b1 is None or isinstance(b1, float) else no_weight(),
             nu_weight=None if b2 is None or isinstance(b2, float) else no_weight(),
         )

@@ -108,6 +108,16 @@ def map_updates(
     return jax.tree_util.tree_map_with_path(leaf, updates, *rest, is_leaf=_is_moments)
 
 
+def second_moment(moments: Moments) -> jax.Array:
+    """The second moment, which a chain without a `b2` does not have."""
+    if moments.nu is None:
+        raise TypeError(
+            "There is no second moment: give adam_jax.scale_by_moments a b2, or step along the "
+            "first moment with adam_jax.first_moment()."
+        )
+    return moments.nu
+
+
 def pick(field: str, moments: optax.Updates, like: optax.Updates | None) -> Any:
     """One field of every `Moments`, in the dtypes of `like`: what a state keeps of a signal."""
     if like is None:

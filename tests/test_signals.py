@@ -236,8 +236,15 @@ RUNNING = {
             optax.chain(adam_jax.scale_by_moments(0.9, None), adam_jax.bias_correct()), PARAMS
         ),
         TypeError,
-        "There is no second moment to divide by: give adam_jax.scale_by_moments a b2, or step "
-        "along the first moment with adam_jax.first_moment().",
+        "There is no second moment: give adam_jax.scale_by_moments a b2, or step along the first "
+        "moment with adam_jax.first_moment().",
+    ),
+    "nothing to interpolate": (
+        lambda: updated(
+            optax.chain(adam_jax.scale_by_moments(None, 0.9), adam_jax.interpolate(0.9)), PARAMS
+        ),
+        TypeError,
+        "There is no first moment: give adam_jax.scale_by_moments a b1.",
     ),
     "adamw without params": (
         lambda: updated(adam_jax.adamw(1e-3), PARAMS, pass_params=False),
@@ -308,6 +315,14 @@ def test_wrong_calls(case):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "stage", [adam_jax.running_max(), adam_jax.center(), adam_jax.floor(eps=1.0), adam_jax.atan2()]
+)
+def test_no_second_moment(stage):
+    with pytest.raises(TypeError, match="There is no second moment"):
+        updated(optax.chain(adam_jax.scale_by_moments(0.9, None), stage), PARAMS)
 
 
 def test_messages_under_jit_are_the_same():
