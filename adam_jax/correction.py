@@ -202,8 +202,9 @@ def center() -> optax.GradientTransformationExtraArgs:
     """
 
     def leaf(moments: Moments) -> Moments:
-        mu = moments.mu
-        nu = signals.second_moment(moments) - jnp.real(jnp.conj(mu) * mu)
+        mu = signals.first_moment(moments)
+        # Of a steady gradient the difference is 0, and rounding may leave less.
+        nu = jnp.maximum(signals.second_moment(moments) - jnp.real(jnp.conj(mu) * mu), 0)
         return moments._replace(mu=moments.grad.astype(mu.dtype), mu_weight=1.0, nu=nu)
 
     return stateless("center", leaf)
@@ -212,7 +213,10 @@ def center() -> optax.GradientTransformationExtraArgs:
 def delay() -> optax.GradientTransformationExtraArgs:
     r"""Take the second moment before this gradient joined it, so that the two are independent.
 
-    .. math:: v_t \mapsto v_{t-1}
+    .. math:: v_t \mapsto v_{t-1}, \qquad v_0 = \infty
+
+    Before the first gradient nothing is known, and the infinite moment makes the first step 0. Put
+    this stage directly after `scale_by_moments`: it takes up what came in there.
 
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
@@ -227,15 +231,19 @@ def delay() -> optax.GradientTransformationExtraArgs:
       >>> for grad in (2.0, 5.0):
       ...     moments, state = stages.update(jnp.array([grad]), state)
       ...     print(moments.nu)
-      [0.]
+      [inf]
       [2.]
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 1.
     """
 
     def leaf(moments: Moments) -> Moments:
-        last = moments.last
-        return moments._replace(nu=last.nu, nu_weight=last.nu_weight)
+        signals.second_moment(moments)
+        nu, weight = moments.last.nu, moments.last.nu_weight
+        unknown = jnp.asarray(weight) == 0
+        return moments._replace(
+            nu=jnp.where(unknown, jnp.inf, nu), nu_weight=jnp.where(unknown, 1, weight)
+        )
 
     return stateless("delay", leaf)
 
@@ -303,8 +311,7 @@ def interpolate(b1: signals.Scalar) -> optax.GradientTransformationExtraArgs:
     b1 = signals.check_hyperparameter("b1", b1, upper=1)
 
     def leaf(moments: Moments) -> Moments:
-        if moments.last.mu is None:
-            raise TypeError("There is no first moment: give adam_jax.scale_by_moments a b1.")
+        signals.first_moment(moments)
         dtype = moments.mu.dtype
         decay = signals.cast(b1, dtype)
         mu = (1 - decay) * moments.grad.astype(dtype) + decay * moments.last.mu

@@ -141,6 +141,11 @@ def rectify(
 
     def leaf(moments: Moments) -> jax.Array:
         length, limit = moments.nu_length, 2.0 / (1.0 - moments.nu_decay) - 1.0
+        if isinstance(limit, float):
+            limit = max(limit, 5.0)  # a shorter one is never long enough, but must have a root
+        else:
+            # Under a falling rate the average is longer than its rate of today will leave it.
+            limit = jnp.maximum(jnp.maximum(limit, 5.0), signals.cast(length, limit.dtype))
         long_enough = length >= signals.cast(threshold, jnp.result_type(float))
         # A length below 4 has no root: it must reach neither the value nor the derivative.
         safe = jnp.where(long_enough, length, 5.0)

@@ -126,6 +126,8 @@ def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtra
         most = signals.check_scalar("limit", limit(state.count))
 
         def leaf(update):
+            if jnp.iscomplexobj(update):
+                raise TypeError(f"clip_by_schedule takes real updates, got {update.dtype}.")
             bound = most.astype(update.dtype)
             return jnp.clip(update, -bound, bound)
 

@@ -368,17 +368,18 @@ def _rates(
     if decay is None:
         return _Rates(0.0, 1.0, 1.0, 1.0, 0.0, 1.0), None
     step = optax.safe_increment(count)
-    if isinstance(decay, float):
+    if isinstance(decay, float) != (kept is None):
+        kinds = "a number" if kept is None else "an array or a schedule"
+        raise ValueError(
+            f"{name} was {kinds} when this state was made and is none now: the weight gathered so "
+            f"far is unknown. Make the state anew with init()."
+        )
+    if kept is None:
         # optax's arithmetic to the letter, so that the results are bitwise its results.
         power = lambda t: jnp.asarray(decay, float) ** t.astype(float)  # noqa: E731
         last, now, ahead = (1 - power(t) for t in (count, step, optax.safe_increment(step)))
         length = 2 / (1 - decay) - 1 - 2 * step.astype(float) * power(step) / (1 - power(step))
         return _Rates(decay, now, last, length, decay, ahead), None
-    if kept is None:
-        raise ValueError(
-            f"{name} was a number when this state was made and is an array or a schedule now: the "
-            f"weight gathered so far is unknown. Make the state anew with init()."
-        )
     if callable(decay):
         now, ahead = (signals.check_scalar(name, decay(t)) for t in (count, step))
     else:

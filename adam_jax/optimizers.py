@@ -30,7 +30,7 @@ from adam_jax.direction import bias_correct, first_moment, normalize, rectify
 from adam_jax.learning_rate import clip_by_schedule, scale_by_lr
 from adam_jax.moments import accumulated, belief, infinity, scale_by_moments
 from adam_jax.moments import yogi as yogi_rule
-from adam_jax.signals import Scalar, check_hyperparameter
+from adam_jax.signals import Scalar, accumulator, check_hyperparameter
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 Mask = Any | Callable[[optax.Params], Any] | None
@@ -51,7 +51,25 @@ def _step(
             raise ValueError("mask says which leaves decay, but weight_decay is None.")
         return [scale_by_lr(learning_rate)]
     check_hyperparameter("weight_decay", weight_decay, schedule=True)
-    return [optax.add_decayed_weights(weight_decay, mask), scale_by_lr(learning_rate)]
+    decay = optax.add_decayed_weights(weight_decay, mask)
+    return [_in_float32(decay), scale_by_lr(learning_rate)]
+
+
+def _in_float32(tx: optax.GradientTransformation) -> Optimizer:
+    """A transformation of optax in at least float32, in and out in the dtype of its updates."""
+
+    def wide(tree):
+        return jax.tree.map(lambda x: jnp.asarray(x).astype(accumulator(jnp.result_type(x))), tree)
+
+    def init_fn(params):
+        return tx.init(wide(params))
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        new, state = tx.update(wide(updates), state, None if params is None else wide(params))
+        return jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def sgd(
@@ -100,8 +118,8 @@ def _trace(
         if nesterov:
             raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
         return []
-    momentum = check_hyperparameter("momentum", momentum)
-    return [optax.trace(momentum, nesterov, accumulator_dtype)]
+    momentum = check_hyperparameter("momentum", momentum, upper=1)
+    return [_in_float32(optax.trace(momentum, nesterov, accumulator_dtype))]
 
 
 def momentum(
@@ -250,6 +268,7 @@ def rmsprop(
       momentum: the rate of a decaying sum of the steps; None for none.
       nesterov: whether that sum looks one step ahead.
       bias_correction: whether to debias the moments.
+      weight_decay: as in `adamw`, but with momentum the decay is part of what is summed.
       mu_dtype: the dtype to keep the mean in, if `centered`; None: at least float32.
       The other arguments are those of `adamw`.
 
@@ -548,6 +567,8 @@ def amsgrad(
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
         )
+    if ((eps_hat or nesterov) and not bias_correction_mu) or (eps_hat and not bias_correction_nu):
+        raise ValueError("eps_hat and nesterov imply the bias correction: leave it on.")
     correct = debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat)
     order = [running_max(), correct] if max_before_correction else [correct, running_max()]
     divide = partial(bias_correct, eps_hat=True) if eps_hat else normalize
@@ -831,7 +852,7 @@ def lamb(
         *_look_ahead(nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *decay,
-        optax.scale_by_trust_ratio(),
+        _in_float32(optax.scale_by_trust_ratio()),
         step,
     )
 
@@ -960,26 +981,25 @@ def adopt(
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
     """
-    # The first gradient only starts the second moment: it is taken whole, and not stepped along.
     return optax.chain(
-        scale_by_moments(None, _after_first(b2, 0.0), nu_dtype=nu_dtype),
+        scale_by_moments(None, _from_first_gradient(b2), nu_dtype=nu_dtype),
         correction.delay(),
         correction.floor(eps=eps),
         normalize(eps=0.0),
         *([clip_by_schedule(lambda t: t.astype(float) ** 0.25)] if use_clipping else []),
-        scale_by_moments(_after_first(b1, 1.0), None, mu_dtype=mu_dtype),
+        scale_by_moments(b1, None, mu_dtype=mu_dtype),
         first_moment(),
         *_step(learning_rate, weight_decay, mask),
     )
 
 
-def _after_first(decay: Any, first: float) -> optax.Schedule:
-    """A decay rate, with another one at the first step."""
-    decay = check_hyperparameter("decay", decay, upper=1, schedule=True)
+def _from_first_gradient(b2: Any) -> optax.Schedule:
+    """The rate of an average that starts with the first gradient, not with 0."""
+    b2 = check_hyperparameter("b2", b2, upper=1, schedule=True)
 
     def schedule(count: jax.Array) -> jax.Array:
-        rate = jnp.asarray(decay(count) if callable(decay) else decay, float)
-        return jnp.where(count > 0, rate, first)
+        rate = jnp.asarray(b2(count) if callable(b2) else b2, float)
+        return jnp.where(count > 0, rate, 0.0)
 
     return schedule
 

@@ -108,6 +108,13 @@ def map_updates(
     return jax.tree_util.tree_map_with_path(leaf, updates, *rest, is_leaf=_is_moments)
 
 
+def first_moment(moments: Moments) -> jax.Array:
+    """The first moment, which in a chain without a `b1` is the mere gradient."""
+    if moments.last.mu is None:
+        raise TypeError("There is no first moment: give adam_jax.scale_by_moments a b1.")
+    return moments.mu
+
+
 def second_moment(moments: Moments) -> jax.Array:
     """The second moment, which a chain without a `b2` does not have."""
     if moments.nu is None:
@@ -239,10 +246,12 @@ def check_hyperparameter(
 
 
 def check_scalar(name: str, value: Any) -> jax.Array:
-    """A 0-d floating-point array of at least float32: in less, 0.999 is 1 and 1e-8 may be 0."""
+    """A 0-d array of at least float32: in less, 0.999 is 1 and 1e-8 may be 0."""
     array = jnp.asarray(value)
     if array.ndim != 0:
         raise ValueError(f"{name} must be a scalar, got an array of shape {array.shape}.")
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(float)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {array.dtype}.")
     if jnp.finfo(array.dtype).bits < 32:

@@ -360,3 +360,6 @@ def test_the_state_of_a_number_does_not_fit_a_schedule():
     state = adam_jax.scale_by_moments(0.9).init(jnp.zeros(1))
     with pytest.raises(ValueError, match="b1 was a number when this state was made"):
         adam_jax.scale_by_moments(jnp.float32(0.9)).update(jnp.zeros(1), state)
+    state = adam_jax.scale_by_moments(jnp.float32(0.9)).init(jnp.zeros(1))
+    with pytest.raises(ValueError, match="b1 was an array or a schedule when this state was made"):
+        adam_jax.scale_by_moments(0.9).update(jnp.zeros(1), state)

@@ -108,10 +108,10 @@ BUILDING = {
         ValueError,
         "learning_rate must be a scalar, got an array of shape (3,).",
     ),
-    "b1 an integer array": (
-        lambda: adam_jax.scale_by_moments(jnp.asarray(0)),
+    "b1 an array of bool": (
+        lambda: adam_jax.scale_by_moments(jnp.asarray(True)),
         TypeError,
-        "b1 must be floating point, got int32.",
+        "b1 must be floating point, got bool.",
     ),
     "b2 in bfloat16": (
         lambda: adam_jax.scale_by_moments(b2=jnp.asarray(0.999, jnp.bfloat16)),
@@ -169,6 +169,16 @@ BUILDING = {
         ValueError,
         "momentum_decay needs nesterov=True and a b1 that is no schedule.",
     ),
+    "a correction that nesterov implies": (
+        lambda: adam_jax.amsgrad(1e-3, nesterov=True, bias_correction_mu=False),
+        ValueError,
+        "eps_hat and nesterov imply the bias correction: leave it on.",
+    ),
+    "b2 of adopt": (
+        lambda: adam_jax.adopt(1e-3, b2=1.0),
+        ValueError,
+        "b2 must be in [0, 1), got 1.0.",
+    ),
     "a mask for no decay": (
         lambda: adam_jax.adam(1e-3, mask=True),
         ValueError,
@@ -182,7 +192,7 @@ BUILDING = {
     "a momentum below 0": (
         lambda: adam_jax.momentum(0.1, -0.9),
         ValueError,
-        "momentum must be finite and at least 0, got -0.9.",
+        "momentum must be in [0, 1), got -0.9.",
     ),
     "the rule called": (
         lambda: adam_jax.scale_by_moments(second_moment=0.999),
@@ -325,6 +335,11 @@ def test_no_second_moment(stage):
         updated(optax.chain(adam_jax.scale_by_moments(0.9, None), stage), PARAMS)
 
 
+def test_center_needs_a_first_moment():
+    with pytest.raises(TypeError, match="There is no first moment"):
+        updated(optax.chain(adam_jax.scale_by_moments(None, 0.9), adam_jax.center()), PARAMS)
+
+
 def test_messages_under_jit_are_the_same():
     tx = optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_lr(1e-3))
     with pytest.raises(TypeError, match=r"put adam_jax.bias_correct\(...\) between the two"):
@@ -336,6 +351,16 @@ def test_other_containers_are_refused():
     tx = adam_jax.adam(1e-3)
     with pytest.raises(ValueError, match="tuple"):
         tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
+
+
+def test_integers_are_numbers():
+    """From a schedule, or injected, as optax takes them."""
+    for tx in (
+        adam_jax.adam(lambda count: jnp.asarray(1), b1=lambda count: 0),
+        optax.inject_hyperparams(adam_jax.adam)(learning_rate=1, b1=0),
+    ):
+        updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+        assert updates[0] == pytest.approx(-1, rel=1e-4)
 
 
 def test_traced_hyperparameters_are_not_checked():
