@@ -107,7 +107,8 @@ def rectify(
                       {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}
 
     with the length :math:`\rho_t` that the signal carries as `nu_length`, and
-    :math:`\rho_\infty = 2 / (1 - b_2) - 1`. It works for any second moment and for moving rates.
+    :math:`\rho_\infty = 2 / (1 - b_2) - 1`. It works for any second moment and for moving rates:
+    under a falling one :math:`\rho_\infty` is :math:`\rho_t` at least, so that :math:`r_t \le 1`.
 
     Args:
       eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.

@@ -369,10 +369,11 @@ def _rates(
         return _Rates(0.0, 1.0, 1.0, 1.0, 0.0, 1.0), None
     step = optax.safe_increment(count)
     if isinstance(decay, float) != (kept is None):
-        kinds = "a number" if kept is None else "an array or a schedule"
+        kinds = ["a number", "an array or a schedule"]
+        before, today = kinds if kept is None else reversed(kinds)
         raise ValueError(
-            f"{name} was {kinds} when this state was made and is none now: the weight gathered so "
-            f"far is unknown. Make the state anew with init()."
+            f"{name} was {before} when this state was made and is {today} now: the weight gathered "
+            f"so far is unknown. Make the state anew with init()."
         )
     if kept is None:
         # optax's arithmetic to the letter, so that the results are bitwise its results.

@@ -88,7 +88,7 @@ def sgd(
     Args:
       momentum: the rate :math:`\mu`; None for plain descent.
       nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t`.
-      accumulator_dtype: the dtype to keep :math:`a` in; None: that of the gradient.
+      accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
       The other arguments are those of `adamw`.
 
     Returns:
@@ -136,7 +136,7 @@ def momentum(
 
     Args:
       momentum: the rate :math:`\mu`.
-      accumulator_dtype: the dtype to keep :math:`a` in; None: that of the gradient.
+      accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
       The other arguments are those of `adamw`.
 
     Returns:
@@ -171,7 +171,7 @@ def nesterov(
 
     Args:
       momentum: the rate :math:`\mu`.
-      accumulator_dtype: the dtype to keep :math:`a` in; None: that of the gradient.
+      accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
       The other arguments are those of `adamw`.
 
     Returns:
