@@ -3,6 +3,7 @@
 gradient ──scale_by_moments──▶ Moments ──bias_correct──▶ direction ──scale_by_lr──▶ update
 """
 
+from adam_jax import storage
 from adam_jax.correction import (
     MixSlowMomentState,
     NesterovState,
@@ -76,6 +77,8 @@ __all__ = [
     "belief",
     "infinity",
     "accumulated",
+    # how moments are kept between two steps: a module of storages
+    "storage",
     # moments to moments
     "debias",
     "nesterov",

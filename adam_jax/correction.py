@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import signals
+from adam_jax import storage as storages
 from adam_jax.moments import Weight, no_weight
 from adam_jax.signals import Moments
+from adam_jax.storage import Storage
 
 
 def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationExtraArgs:
@@ -126,7 +128,7 @@ class NesterovState(NamedTuple):
     weight: Weight
 
 
-def running_max() -> optax.GradientTransformationExtraArgs:
+def running_max(*, nu_storage: Storage | None = None) -> optax.GradientTransformationExtraArgs:
     r"""AMSGrad: let the second moment never fall.
 
     .. math:: v^{max}_t = \max(v^{max}_{t-1}, v_t)
@@ -134,11 +136,16 @@ def running_max() -> optax.GradientTransformationExtraArgs:
     Before `debias` the maximum is that of the raw moments, the order of the paper, of PyTorch and
     of Keras; after it that of the corrected ones, the order of optax.
 
+    Args:
+      nu_storage: how to keep the maximum between steps, from `adam_jax.storage` or your own; it may
+        fall by as much as that rounds. None, the default, keeps it in at least float32.
+
     Returns:
       A gradient transformation from `Moments` to `Moments`, with a `RunningMaxState`.
 
     Raises:
-      TypeError: in `update`, if it gets plain updates instead of `Moments`.
+      TypeError: if `nu_storage` is not a `Storage`; in `update`, if it gets plain updates instead
+        of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -153,18 +160,21 @@ def running_max() -> optax.GradientTransformationExtraArgs:
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
 
+    nu_storage = storages.chosen("nu", nu_storage)
+
     def init_fn(params):
-        return RunningMaxState(signals.full_like(params, kind=jnp.floating))
+        nu_max = storages.initial(nu_storage, params, storages.leaves("nu", params))
+        return RunningMaxState(jnp.zeros([], jnp.int32), nu_max)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-
-        def leaf(moments, largest):
-            nu = signals.second_moment(moments)
-            return moments._replace(nu=jnp.maximum(largest.astype(nu.dtype), nu))
-
-        moments = signals.map_moments("running_max", leaf, updates, state.nu_max)
-        return moments, RunningMaxState(signals.pick("nu", moments, state.nu_max))
+        nu = signals.map_moments("running_max", signals.second_moment, updates)
+        leaves = storages.leaves("nu", nu, state.count)
+        largest = storages.loaded("running_max", nu_storage, state.nu_max, leaves)
+        nu = jax.tree.map(lambda nu, most: jnp.maximum(most.astype(nu.dtype), nu), nu, largest)
+        moments = signals.map_moments("running_max", lambda m, nu: m._replace(nu=nu), updates, nu)
+        kept = storages.saved(nu_storage, nu, state.nu_max, leaves)
+        return moments, RunningMaxState(optax.safe_increment(state.count), kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -173,9 +183,12 @@ class RunningMaxState(NamedTuple):
     """The state of `running_max`.
 
     Attributes:
-      nu_max: the largest second moments so far, a tree shaped like the parameters, real.
+      count: the number of steps taken, an int32 scalar that saturates.
+      nu_max: the largest second moments so far, a tree shaped like the parameters, real, each as
+        its storage keeps it.
     """
 
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     nu_max: optax.Updates
 
 
@@ -326,6 +339,7 @@ def mix_slow_moment(
     alpha: optax.ScalarOrSchedule = 5.0,
     *,
     mu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Add a second, slower first moment, which fills up without correction.
 
@@ -337,6 +351,8 @@ def mix_slow_moment(
       alpha: its share, finite and at least 0, likewise. Default 5.
       mu_dtype: the dtype to keep the slow moment in. None keeps the dtype of the parameter, or
         float32 where that is smaller.
+      mu_storage: another way to keep it, from `adam_jax.storage` or your own, instead of
+        `mu_dtype`. Default None.
 
     Returns:
       A gradient transformation from `Moments` to `Moments`, with a `MixSlowMomentState`.
@@ -360,9 +376,10 @@ def mix_slow_moment(
     b3 = signals.check_hyperparameter("b3", b3, upper=1, schedule=True)
     alpha = signals.check_hyperparameter("alpha", alpha, schedule=True)
     mu_dtype = signals.check_dtype("mu_dtype", mu_dtype, jnp.inexact)
+    mu_storage = storages.chosen("mu", mu_storage, mu_dtype)
 
     def init_fn(params):
-        slow = signals.full_like(params, dtype=mu_dtype)
+        slow = storages.initial(mu_storage, params, storages.leaves("mu", params))
         return MixSlowMomentState(jnp.zeros([], jnp.int32), slow)
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -378,14 +395,14 @@ def mix_slow_moment(
             return (1 - b) * moments.grad.astype(dtype) + b * slow.astype(dtype)
 
         def mixed(moments, slow):
-            return moments._replace(
-                mu=moments.mu
-                + signals.cast(share, moments.mu.dtype) * slow.astype(moments.mu.dtype)
-            )
+            return moments._replace(mu=moments.mu + signals.cast(share, slow.dtype) * slow)
 
-        slow = signals.map_moments("mix_slow_moment", slower, updates, state.mu_slow)
+        mu = signals.map_moments("mix_slow_moment", lambda moments: moments.mu, updates)
+        leaves = storages.leaves("mu", mu, state.count)
+        slow = storages.loaded("mix_slow_moment", mu_storage, state.mu_slow, leaves)
+        slow = signals.map_moments("mix_slow_moment", slower, updates, slow)
         moments = signals.map_moments("mix_slow_moment", mixed, updates, slow)
-        kept = jax.tree.map(lambda new, old: new.astype(old.dtype), slow, state.mu_slow)
+        kept = storages.saved(mu_storage, slow, state.mu_slow, leaves)
         return moments, MixSlowMomentState(optax.safe_increment(state.count), kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -396,7 +413,8 @@ class MixSlowMomentState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      mu_slow: the slow first moments, a tree shaped like the parameters.
+      mu_slow: the slow first moments, a tree shaped like the parameters, each as its storage keeps
+        it.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import signals
+from adam_jax import storage as storages
 from adam_jax.signals import Last, Moments
+from adam_jax.storage import Storage
 
 SecondMoment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
 
@@ -189,8 +191,9 @@ class ScaleByMomentsState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      mu: the first moments, a tree shaped like the parameters; None if `b1` is None.
-      nu: the second moments, a tree shaped like the parameters, real; None if `b2` is None.
+      mu: the first moments, a tree shaped like the parameters, each as its storage keeps it; None
+        if `b1` is None.
+      nu: the second moments, likewise, real; None if `b2` is None.
       mu_weight: the weight gathered by `mu` where `b1` is an array or a schedule; None where it is
         a number, because then the weight is `1 - b1**count`.
       nu_weight: likewise for `nu` and `b2`.
@@ -212,6 +215,8 @@ def scale_by_moments(
     initial_nu: float = 0.0,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace every gradient by its first and second moment.
 
@@ -237,18 +242,21 @@ def scale_by_moments(
       mu_dtype: the dtype to keep the first moment in between steps. None keeps the dtype of the
         parameter, or float32 where that is smaller.
       nu_dtype: the dtype to keep the second moment in, likewise; real for complex parameters too.
+      mu_storage: another way to keep the first moment, from `adam_jax.storage` or your own, instead
+        of `mu_dtype`. Default None.
+      nu_storage: another way to keep the second moment, likewise.
 
     Returns:
       A gradient transformation from gradients to `Moments`, with a `ScaleByMomentsState`.
-      Arithmetic is done in at least float32 whatever the moments are kept in, and the moments
-      emitted are those of this step before they are rounded for keeping.
+      Arithmetic is done in at least float32 however the moments are kept, and the moments emitted
+      are those of this step before they are saved.
 
     Raises:
       ValueError: if a rate is outside [0, 1), not a scalar, or in less than float32; in `update`,
         if a gradient does not match the parameter that `init` was given, naming the leaf.
-      TypeError: if a rate is not a number, an array or a schedule, or the rule not a function; in
-        `init`, if a parameter is
-        neither floating point nor complex, naming the leaf.
+      TypeError: if a rate is not a number, an array or a schedule, the rule not a function, or a
+        storage not a `Storage`; in `init`, if a parameter is neither floating point nor complex,
+        naming the leaf.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -271,6 +279,8 @@ def scale_by_moments(
     initial_nu = signals.check_hyperparameter("initial_nu", initial_nu)
     mu_dtype = signals.check_dtype("mu_dtype", mu_dtype, jnp.inexact)
     nu_dtype = signals.check_dtype("nu_dtype", nu_dtype, jnp.floating)
+    mu_storage = storages.chosen("mu", mu_storage, mu_dtype)
+    nu_storage = storages.chosen("nu", nu_storage, nu_dtype)
     rule = squared if second_moment is None else second_moment
     if not callable(rule):
         raise TypeError(
@@ -279,11 +289,11 @@ def scale_by_moments(
 
     def init_fn(params: optax.Params) -> ScaleByMomentsState:
         signals.check_params("scale_by_moments", params, mu_dtype)
-        nu_kind = jnp.floating  # real for complex parameters too
+        mu, nu = (storages.leaves(moment, params) for moment in ("mu", "nu"))
         return ScaleByMomentsState(
             count=jnp.zeros([], jnp.int32),
-            mu=None if b1 is None else signals.full_like(params, initial_mu, mu_dtype),
-            nu=None if b2 is None else signals.full_like(params, initial_nu, nu_dtype, nu_kind),
+            mu=None if b1 is None else storages.initial(mu_storage, params, mu, initial_mu),
+            nu=None if b2 is None else storages.initial(nu_storage, params, nu, initial_nu),
             mu_weight=None if b1 is None or isinstance(b1, float) else no_weight(),
             nu_weight=None if b2 is None or isinstance(b2, float) else no_weight(),
         )
@@ -295,17 +305,20 @@ def scale_by_moments(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByMomentsState]:
         del params, extra_args
-        signals.check_match("scale_by_moments", updates, state.mu, state.nu)
+        signals.check_plain("scale_by_moments", updates)
+        mu_leaves, nu_leaves = (storages.leaves(m, updates, state.count) for m in ("mu", "nu"))
+        last_mu = storages.loaded("scale_by_moments", mu_storage, state.mu, mu_leaves)
+        last_nu = storages.loaded("scale_by_moments", nu_storage, state.nu, nu_leaves)
         mu_rates, mu_weight = _rates("b1", b1, state.count, state.mu_weight)
         nu_rates, nu_weight = _rates("b2", b2, state.count, state.nu_weight)
 
-        def leaf(grad, mu, nu):
+        def leaf(grad, last_mu, last_nu):
             grad = jnp.asarray(grad)
             dtype = signals.accumulator(grad.dtype)
-            for moment in (mu, nu):
+            for moment in (last_mu, last_nu):
                 dtype = dtype if moment is None else signals.wider(dtype, moment.dtype)
             g, mu_decay, nu_decay = grad.astype(dtype), mu_rates.decay, nu_rates.decay
-            last_mu, last_nu, mu, nu = mu, nu, g, None
+            mu, nu = g, None
             if last_mu is not None:
                 mu_decay, last_mu = signals.cast(mu_decay, dtype), last_mu.astype(dtype)
                 mu = (1 - mu_decay) * g + mu_decay * last_mu
@@ -316,7 +329,7 @@ def scale_by_moments(
             return Moments(
                 grad=grad,
                 mu=mu,
-                nu=nu,
+                nu=nu,  # type: ignore[arg-type]  # None where there is none
                 mu_decay=mu_decay,
                 nu_decay=nu_decay,
                 mu_weight=mu_rates.weight,
@@ -331,13 +344,14 @@ def scale_by_moments(
         moments = jax.tree.map(
             leaf,
             updates,
-            absent if state.mu is None else state.mu,
-            absent if state.nu is None else state.nu,
+            absent if last_mu is None else last_mu,
+            absent if last_nu is None else last_nu,
         )
+        new_mu, new_nu = (signals.picked(moment, moments) for moment in ("mu", "nu"))
         return moments, ScaleByMomentsState(
             count=optax.safe_increment(state.count),
-            mu=signals.pick("mu", moments, state.mu),
-            nu=signals.pick("nu", moments, state.nu),
+            mu=storages.saved(mu_storage, new_mu, state.mu, mu_leaves),
+            nu=storages.saved(nu_storage, new_nu, state.nu, nu_leaves),
             mu_weight=mu_weight,
             nu_weight=nu_weight,
         )

@@ -8,6 +8,8 @@ every member can: after the `*` come the same few options, and they mean the sam
     nesterov      whether to look one step ahead with the first moment
     mu_dtype      the dtype to keep the first moment in; None: the parameter's, at least float32
     nu_dtype      the dtype to keep the second moment in; None: likewise
+    mu_storage    another way to keep the first moment, from `adam_jax.storage`, instead of mu_dtype
+    nu_storage    another way to keep the second moment, likewise
     weight_decay  decoupled decay, multiplied with the learning rate; None: no such stage
     mask          which leaves decay: a tree of booleans, or a function from the parameters to one
 
@@ -31,9 +33,25 @@ from adam_jax.learning_rate import clip_by_schedule, scale_by_lr
 from adam_jax.moments import accumulated, belief, infinity, scale_by_moments
 from adam_jax.moments import yogi as yogi_rule
 from adam_jax.signals import Scalar, accumulator, check_hyperparameter
+from adam_jax.storage import Storage
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 Mask = Any | Callable[[optax.Params], Any] | None
+
+
+def _kept(
+    mu_dtype: Any | None,
+    nu_dtype: Any | None,
+    mu_storage: Storage | None,
+    nu_storage: Storage | None,
+) -> dict[str, Any]:
+    """How the moments are kept between two steps."""
+    return {
+        "mu_dtype": mu_dtype,
+        "nu_dtype": nu_dtype,
+        "mu_storage": mu_storage,
+        "nu_storage": nu_storage,
+    }
 
 
 def _look_ahead(nesterov: bool) -> list[Optimizer]:
@@ -199,6 +217,7 @@ def adagrad(
     *,
     eps_in_sqrt: bool = True,
     nu_dtype: Any | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -232,6 +251,7 @@ def adagrad(
             second_moment=accumulated,
             initial_nu=initial_accumulator_value,
             nu_dtype=nu_dtype,
+            nu_storage=nu_storage,
         ),
         normalize(**_placed(eps, eps_in_sqrt)),
         *_step(learning_rate, weight_decay, mask),
@@ -251,6 +271,8 @@ def rmsprop(
     *,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -290,8 +312,7 @@ def rmsprop(
             decay if centered else None,
             decay,
             initial_nu=initial_scale,
-            mu_dtype=mu_dtype,
-            nu_dtype=nu_dtype,
+            **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage),
         ),
         *([debias()] if bias_correction else []),
         *([correction.center()] if centered else []),
@@ -318,6 +339,8 @@ def adam(
     nesterov: bool = False,
     eps_hat: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -353,7 +376,7 @@ def adam(
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
@@ -373,6 +396,8 @@ def adamw(
     nesterov: bool = False,
     eps_hat: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
 
@@ -394,6 +419,9 @@ def adamw(
       nesterov: whether to look one step ahead with the first moment.
       eps_hat: whether the epsilons are those of the uncorrected second moment.
       nu_dtype: the dtype to keep the second moment in; None: at least float32.
+      mu_storage: another way to keep the first moment, from `adam_jax.storage` or your own, instead
+        of `mu_dtype`.
+      nu_storage: another way to keep the second moment, likewise.
 
     Returns:
       The chain of stages, a gradient transformation.
@@ -411,7 +439,7 @@ def adamw(
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101).
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
@@ -430,6 +458,8 @@ def nadam(
     momentum_decay: Scalar | None = None,
     eps_hat: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -457,7 +487,7 @@ def nadam(
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_dozat(b1, momentum_decay, nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
@@ -488,6 +518,8 @@ def nadamw(
     momentum_decay: Scalar | None = None,
     eps_hat: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""AdamW with Nesterov's momentum.
 
@@ -515,7 +547,7 @@ def nadamw(
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_dozat(b1, momentum_decay, nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
@@ -536,6 +568,8 @@ def amsgrad(
     eps_hat: bool = False,
     nesterov: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -570,10 +604,14 @@ def amsgrad(
     if ((eps_hat or nesterov) and not bias_correction_mu) or (eps_hat and not bias_correction_nu):
         raise ValueError("eps_hat and nesterov imply the bias correction: leave it on.")
     correct = debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat)
-    order = [running_max(), correct] if max_before_correction else [correct, running_max()]
+    order = (
+        [running_max(nu_storage=nu_storage), correct]
+        if max_before_correction
+        else [correct, running_max(nu_storage=nu_storage)]
+    )
     divide = partial(bias_correct, eps_hat=True) if eps_hat else normalize
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         *order,
         divide(eps=eps, eps_root=eps_root),
@@ -593,6 +631,8 @@ def radam(
     eps_hat: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -618,7 +658,7 @@ def radam(
     Source: Liu et al., "On the Variance of the Adaptive Learning Rate" (arXiv 1908.03265).
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         rectify(eps=eps, eps_root=eps_root, threshold=threshold, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
@@ -636,6 +676,8 @@ def adabelief(
     eps_hat: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -663,7 +705,9 @@ def adabelief(
     check_hyperparameter("eps_root", eps_root)
     rule = partial(belief, eps_root=eps_root)
     return optax.chain(
-        scale_by_moments(b1, b2, second_moment=rule, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(
+            b1, b2, second_moment=rule, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)
+        ),
         *_look_ahead(nesterov),
         bias_correct(eps=eps, eps_hat=eps_hat),
         *_step(learning_rate, weight_decay, mask),
@@ -679,6 +723,8 @@ def adamax(
     nesterov: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -706,7 +752,9 @@ def adamax(
     check_hyperparameter("eps", eps)
     rule = partial(infinity, eps=eps)
     return optax.chain(
-        scale_by_moments(b1, b2, second_moment=rule, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(
+            b1, b2, second_moment=rule, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)
+        ),
         *_look_ahead(nesterov),
         debias(nu=False),
         normalize(eps=0.0),
@@ -725,6 +773,8 @@ def adamaxw(
     nesterov: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""Adamax with decoupled weight decay.
 
@@ -756,7 +806,9 @@ def adamaxw(
         eps,
         nesterov=nesterov,
         mu_dtype=mu_dtype,
+        mu_storage=mu_storage,
         nu_dtype=nu_dtype,
+        nu_storage=nu_storage,
         weight_decay=weight_decay,
         mask=mask,
     )
@@ -773,6 +825,8 @@ def yogi(
     nesterov: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -803,8 +857,7 @@ def yogi(
             second_moment=yogi_rule,
             initial_mu=1e-6,
             initial_nu=1e-6,
-            mu_dtype=mu_dtype,
-            nu_dtype=nu_dtype,
+            **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage),
         ),
         *_look_ahead(nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
@@ -825,6 +878,8 @@ def lamb(
     eps_hat: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
 
@@ -848,7 +903,7 @@ def lamb(
     """
     *decay, step = _step(learning_rate, weight_decay, mask)
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *decay,
@@ -866,6 +921,8 @@ def adam_atan2(
     nesterov: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -891,7 +948,7 @@ def adam_atan2(
     Source: Everett et al., "Scaling Exponents Across Parameterizations" (arXiv 2407.05872).
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         direction.atan2(scale=scale),
         *_step(learning_rate, weight_decay, mask),
@@ -908,6 +965,8 @@ def laprop(
     eps_hat: bool = False,
     mu_dtype: Any | None = None,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -933,9 +992,9 @@ def laprop(
     Source: Ziyin, Wang and Ueda, "LaProp" (arXiv 2002.04839), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(None, b2, nu_dtype=nu_dtype),
+        scale_by_moments(None, b2, nu_dtype=nu_dtype, nu_storage=nu_storage),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        scale_by_moments(b1, None, mu_dtype=mu_dtype),
+        scale_by_moments(b1, None, mu_dtype=mu_dtype, mu_storage=mu_storage),
         debias(),
         first_moment(),
         *_step(learning_rate, weight_decay, mask),
@@ -951,6 +1010,8 @@ def adopt(
     *,
     use_clipping: bool = True,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -982,12 +1043,12 @@ def adopt(
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
     """
     return optax.chain(
-        scale_by_moments(None, _from_first_gradient(b2), nu_dtype=nu_dtype),
+        scale_by_moments(None, _from_first_gradient(b2), nu_dtype=nu_dtype, nu_storage=nu_storage),
         correction.delay(),
         correction.floor(eps=eps),
         normalize(eps=0.0),
         *([clip_by_schedule(lambda t: t.astype(float) ** 0.25)] if use_clipping else []),
-        scale_by_moments(b1, None, mu_dtype=mu_dtype),
+        scale_by_moments(b1, None, mu_dtype=mu_dtype, mu_storage=mu_storage),
         first_moment(),
         *_step(learning_rate, weight_decay, mask),
     )
@@ -1018,6 +1079,8 @@ def ademamix(
     *,
     nesterov: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""AdEMAMix: Adam with a second, slower first moment mixed in.
 
@@ -1042,10 +1105,10 @@ def ademamix(
     Source: Pagliardini et al., "The AdEMAMix Optimizer" (arXiv 2409.03137), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         debias(),
-        correction.mix_slow_moment(b3, alpha, mu_dtype=mu_dtype),
+        correction.mix_slow_moment(b3, alpha, mu_dtype=mu_dtype, mu_storage=mu_storage),
         normalize(eps=eps, eps_root=eps_root),
         *_step(learning_rate, weight_decay, mask),
     )
@@ -1058,6 +1121,8 @@ def lion(
     mu_dtype: Any | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Mask = None,
+    *,
+    mu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
 
@@ -1085,7 +1150,7 @@ def lion(
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675).
     """
     return optax.chain(
-        scale_by_moments(b2, None, mu_dtype=mu_dtype),
+        scale_by_moments(b2, None, mu_dtype=mu_dtype, mu_storage=mu_storage),
         correction.interpolate(b1),
         first_moment(),
         optax.scale_by_sign(),
@@ -1106,6 +1171,8 @@ def cautious_adamw(
     nesterov: bool = False,
     eps_hat: bool = False,
     nu_dtype: Any | None = None,
+    mu_storage: Storage | None = None,
+    nu_storage: Storage | None = None,
 ) -> Optimizer:
     r"""AdamW that moves only where its direction agrees with the gradient of this step.
 
@@ -1129,7 +1196,7 @@ def cautious_adamw(
     Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, mu_dtype=mu_dtype, nu_dtype=nu_dtype),
+        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
         *_look_ahead(nesterov),
         correction.cautious(),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),

@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from adam_jax import signals
+from adam_jax import signals, storage
 
 
 class RoundStochasticallyState(NamedTuple):
@@ -55,8 +56,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     Source: Ozkara, Yu and Park, "Stochastic Rounding for LLM Training" (arXiv 2502.20566).
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
+    storage.check_seed(seed)
 
     def init_fn(params):
         del params
@@ -64,22 +64,16 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        key = jax.random.fold_in(jax.random.key(seed), state.count)
-        leaves, tree = jax.tree.flatten(_required(params))
-        indices = jax.tree.unflatten(tree, range(len(leaves)))
+        leaves = storage.leaves("param", _required(params), state.count)
 
-        def leaf(update, param, index):
+        def leaf(update, param, at):
             if not _is_low(param):
                 return update
-            exact = param.astype(jnp.float32) + update.astype(jnp.float32)
-            nearest = exact.astype(param.dtype)
-            beyond = _neighbour(nearest, exact)
-            gap = jnp.abs(_wide(beyond) - _wide(nearest))
-            share = jnp.where(gap > 0, jnp.abs(exact - _wide(nearest)) / gap, 0.0)
-            draw = jax.random.uniform(jax.random.fold_in(key, index), exact.shape)
-            return _landing(param, jnp.where(draw < share, beyond, nearest))
+            exact = _wide(param) + _wide(update)
+            bits = storage.random_bits(seed, at)
+            return _landing(param, storage.rounded_at_random(exact, param.dtype, bits))
 
-        rounded = signals.map_updates("round_stochastically", leaf, updates, params, indices)
+        rounded = signals.map_updates("round_stochastically", leaf, updates, params, leaves)
         return rounded, RoundStochasticallyState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -140,7 +134,7 @@ def compensate(
     def save(short, param):
         if residual == "bfloat16":
             return short.astype(jnp.bfloat16)
-        return jnp.round(_finite(short / _spacing(param)) * 254).astype(jnp.int8)
+        return jnp.round(short / _spacing(param) * 254).astype(jnp.int8)
 
     def load(kept, param):
         if residual == "bfloat16":
@@ -185,20 +179,17 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
-def _neighbour(x: jax.Array, towards: jax.Array) -> jax.Array:
-    """The next number of `x`'s dtype in the direction of the float32 `towards`; `x` at `x`."""
-    up = jnp.nextafter(x, jnp.full_like(x, jnp.inf))
-    down = jnp.nextafter(x, jnp.full_like(x, -jnp.inf))
-    return jnp.where(towards > _wide(x), up, jnp.where(towards < _wide(x), down, x))
-
-
 def _spacing(x: jax.Array) -> jax.Array:
-    """The distance from `x` to the next larger magnitude, in float32; that of the largest at it."""
-    magnitude = jnp.minimum(jnp.abs(x), jnp.finfo(x.dtype).max)
-    below = jnp.nextafter(magnitude, jnp.zeros_like(x))
-    above = jnp.nextafter(magnitude, jnp.full_like(x, jnp.inf))
-    top = jnp.isinf(above)
-    return jnp.where(top, _wide(magnitude) - _wide(below), _wide(above) - _wide(magnitude))
+    """The distance from one number of `x`'s dtype to the next, at the size of `x`, in float32.
+
+    It is at least a normal number of float32, because XLA takes others for 0.
+    """
+    info = jnp.finfo(x.dtype)
+    least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
+    finite = _wide(jnp.minimum(jnp.abs(x), info.max))
+    exponent = jax.lax.bitcast_convert_type(finite, jnp.uint32) & np.uint32(0x7F800000)
+    power = jax.lax.bitcast_convert_type(exponent, jnp.float32)
+    return jnp.maximum(power * 2.0**-info.nmant, least)
 
 
 def _finite(x: jax.Array) -> jax.Array:

@@ -125,29 +125,9 @@ def second_moment(moments: Moments) -> jax.Array:
     return moments.nu
 
 
-def pick(field: str, moments: optax.Updates, like: optax.Updates | None) -> Any:
-    """One field of every `Moments`, in the dtypes of `like`: what a state keeps of a signal."""
-    if like is None:
-        return None
-    return jax.tree.map(
-        lambda signal, kept: getattr(signal, field).astype(kept.dtype),
-        moments,
-        like,
-        is_leaf=_is_moments,
-    )
-
-
-def full_like(
-    params: optax.Params, value: float = 0.0, dtype: Any | None = None, kind: Any | None = None
-) -> Any:
-    """What a state keeps per parameter: in `dtype`, or in the accumulator's, of the given kind."""
-
-    def leaf(param):
-        own = accumulator(jnp.result_type(param))
-        own = real(own) if kind is jnp.floating else own
-        return jnp.full_like(param, value, dtype=own if dtype is None else dtype)
-
-    return jax.tree.map(leaf, params)
+def picked(field: str, moments: optax.Updates) -> Any:
+    """One field of every `Moments` of the tree."""
+    return jax.tree.map(lambda signal: getattr(signal, field), moments, is_leaf=_is_moments)
 
 
 def _is_moments(leaf: Any) -> bool:
@@ -173,17 +153,21 @@ def check_params(stage: str, params: optax.Params, mu_dtype: Any | None) -> None
             )
 
 
-def check_match(stage: str, updates: optax.Updates, mu: Any, nu: Any) -> None:
-    """Every gradient must have the place, shape and realness of the moment kept for it."""
-    given, kept = _leaves_by_path(updates), _leaves_by_path(nu if mu is None else mu)
-    for path in {**kept, **given}:
-        _check_plain(stage, path, given.get(path))
-        # nu is real for a complex gradient too, so it tells no more than the shape.
-        got, due = (_kind(tree.get(path, _NOTHING), mu is not None) for tree in (given, kept))
-        if got != due:
+def check_plain(stage: str, updates: optax.Updates) -> None:
+    """Every leaf must be a plain update."""
+    for path, update in _leaves_by_path(updates).items():
+        _check_plain(stage, path, update)
+
+
+def check_match(stage: str, kept: Any, due: Any) -> None:
+    """What is kept must have the places, shapes and realness that are due for the gradients."""
+    kept, due = _leaves_by_path(kept), _leaves_by_path(due)
+    for path in {**kept, **due}:
+        was, now = (_kind(tree.get(path, _NOTHING)) for tree in (kept, due))
+        if was != now:
             raise ValueError(
                 f"{stage} got gradients that do not match the parameters of init(): the leaf"
-                f"{_at(path)} was {due} there, and its gradient is {got}."
+                f"{_at(path)} was {was} there, and its gradient is {now}."
             )
 
 
@@ -206,11 +190,10 @@ def _leaves_by_path(tree: Any) -> dict[tuple, Any]:
     return dict(leaves)
 
 
-def _kind(leaf: Any, realness: bool) -> str:
+def _kind(leaf: Any) -> str:
     if leaf is None or leaf is _NOTHING:
         return str(leaf)
-    field = ("complex " if jnp.iscomplexobj(leaf) else "real ") if realness else ""
-    return f"{field}of shape {jnp.shape(leaf)}"
+    return f"{'complex' if _is_complex(leaf.dtype) else 'real'} of shape {leaf.shape}"
 
 
 def _is_complex(dtype: Any) -> bool:

@@ -37,6 +37,15 @@ TOLERANCES = {
     "float32 rate": Tolerance(
         2e-4, 1e-6, "a rate of 0.999 as a float32 array is off by 1e-8, and 1 - 0.999 by 1e-5"
     ),
+    "float32 mean": Tolerance(
+        1e-6, 1e-30, "float32: two sums of the same numbers in another order, in pieces of 32"
+    ),
+    "contracted": Tolerance(
+        1e-5,
+        1e-6,
+        "float32: XLA contracts multiply and add when it fuses; one step in 1e5 then draws the "
+        "neighbouring code",
+    ),
     "cast to bfloat16": Tolerance(2**-8, 1e-6, "8 bits, rounded once; float32 cancels to 1e-6"),
     "cast to float16": Tolerance(2**-11, 1e-6, "11 bits, rounded once; float32 cancels to 1e-6"),
     "bfloat16": Tolerance(2**-7, 1e-8, "direction and step are each rounded to 8 bits"),

@@ -1,6 +1,7 @@
 """The README's Python blocks run in their order, and every public name is documented."""
 
 import inspect
+import operator
 import re
 import tomllib
 from pathlib import Path
@@ -23,10 +24,13 @@ def test_readme_blocks_run():
             exec(compile(block, "README.md", "exec"), session)
 
 
-@pytest.mark.parametrize("name", adam_jax.__all__)
+STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean", "transformer_blocks"]
+
+
+@pytest.mark.parametrize("name", adam_jax.__all__ + [f"storage.{name}" for name in STORAGES])
 def test_public_docstrings(name):
     """One line of what; functions also their arguments, result, example and source."""
-    thing = getattr(adam_jax, name)
+    thing = operator.attrgetter(name)(adam_jax)
     doc = inspect.getdoc(thing)
     assert doc
     assert doc.splitlines()[0].endswith((".", ":"))
