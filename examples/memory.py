@@ -111,6 +111,46 @@ def bytes_per_parameter(choice: Choice) -> tuple[float, float]:
     return nbytes(state) / size(weights), (2 * nbytes(weights) + nbytes(state)) / size(weights)
 
 
+# --- Round trips ----------------------------------------------------------------------------------
+
+STORAGES = {
+    "cast(bfloat16)": storage.cast(jnp.bfloat16),
+    "stochastic(bfloat16)": storage.stochastic(jnp.bfloat16),
+    "int8()": storage.int8(),
+    "int4()": storage.int4(),
+    "factored()": storage.factored(),
+    "block_mean()": storage.block_mean(),
+}
+
+
+def round_trip(how: storage.Storage, moment: str) -> tuple[float, float]:
+    """What one save and load change: on the whole (root mean square), and at most.
+
+    On gradients whose sizes differ by row, by column and by element, as those of a network do;
+    the largest change is against the largest magnitude among 32 neighbours.
+    """
+    rng = np.random.default_rng(0)
+    shape = 512, 1024
+    sizes = np.exp(rng.normal(size=(shape[0], 1)) + rng.normal(size=shape[1]))
+    x = sizes * rng.normal(size=shape)
+    x = (np.square(x) if moment == "nu" else x).astype(np.float32)
+    leaf = storage.Leaf(moment, "kernel", shape, jnp.dtype("float32"), index=0)
+    change = np.asarray(how.load(how.save(jnp.asarray(x), leaf), leaf), np.float64) - x
+    largest = np.abs(x.reshape(512, -1, 32)).max(axis=-1, keepdims=True)
+    typical = np.sqrt(np.mean(change**2) / np.mean(x.astype(np.float64) ** 2))
+    return typical, np.max(np.abs(change.reshape(512, -1, 32)) / largest)
+
+
+def round_trip_table() -> str:
+    lines = ["| storage | m, typical | m, worst | v, typical | v, worst |", "|---|---|---|---|---|"]
+    for name, how in STORAGES.items():
+        mu = round_trip(how, "mu") if how.only is None else None
+        cells = [f"{x:.2%}" for x in mu] if mu else ["", ""]
+        cells += [f"{x:.2%}" for x in round_trip(how, "nu")]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # --- Seconds and temporaries ----------------------------------------------------------------------
 
 
@@ -363,7 +403,9 @@ def main() -> None:
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"--{name}: there is no directory {path.absolute().parent}")
 
-    print(f"{len(CHOICES)} choices, {options.seeds} seeds, {options.steps} steps; {hardware()}")
+    print("One round trip through each storage: change on the whole, and at most\n")
+    print(round_trip_table())
+    print(f"\n{len(CHOICES)} choices, {options.seeds} seeds, {options.steps} steps; {hardware()}")
     rows = measured(options.seeds, options.steps, options.repeats)
     print(
         "state, in all (with weights and gradients), temporaries: bytes per parameter; step: time "
