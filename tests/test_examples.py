@@ -1,6 +1,7 @@
 """The examples, run as a user runs them."""
 
 import gzip
+import json
 import os
 import re
 import runpy
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import memory
 import numpy as np
 import pytest
 
@@ -158,5 +161,28 @@ def test_compare(tmp_path):
 
 def test_compare_says_what_is_wrong(tmp_path):
     done = run("compare.py", "--directory", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no directory" in done.stderr
+
+
+def test_memory(tmp_path, monkeypatch, capsys):
+    """Three of the choices, two steps each: the tables, the figures and the picture."""
+    monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[i] for i in (0, 3, 10)])
+    monkeypatch.chdir(tmp_path)
+    short = ["memory.py", "--seeds=1", "--steps=2", "--repeats=1", "--json=rows.json"]
+    monkeypatch.setattr(sys, "argv", short)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        memory.main()
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in rows] == [choice.name for choice in memory.CHOICES]
+    for row in rows:
+        assert f"| {row['name']} | {row['weights']} | {row['state']:.2f} |" in printed
+        assert all(0 < loss < 10 for losses in row["losses"].values() for loss in losses)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_refuses_a_missing_directory(tmp_path):
+    done = run("memory.py", "--json", "no/where.json", cwd=tmp_path)
     assert done.returncode == 2
     assert "there is no directory" in done.stderr
