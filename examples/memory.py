@@ -96,6 +96,10 @@ def gpt2(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: i
     }
 
 
+def in_dtype(dtype: str, shapes):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
 def size(tree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -106,7 +110,7 @@ def nbytes(tree) -> int:
 
 def bytes_per_parameter(choice: Choice) -> tuple[float, float]:
     """Of the state, and of weights, gradients and state."""
-    weights = jax.tree.map(lambda leaf: leaf.update(dtype=choice.weights), gpt2())
+    weights = in_dtype(choice.weights, gpt2())
     state = jax.eval_shape(choice.optimizer(1e-3).init, weights)
     return nbytes(state) / size(weights), (2 * nbytes(weights) + nbytes(state)) / size(weights)
 
