@@ -72,6 +72,29 @@ def test_the_cost_of_a_constant_rate_is_one_count_more(pair, donate):
     assert bytes_accessed(ours) <= bytes_accessed(theirs) + COUNT_BYTES
 
 
+# The traced equations of update and apply, for every leaf and besides; optax's adam has 16 and 9.
+EQUATIONS = {"adam": (18, 60), "adamw": (20, 60), "nadam": (23, 60), "nadamw": (25, 60)}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_equations_grow_with_the_leaves_only(name):
+    tx = getattr(adam_jax, name)(1e-3)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def equations(leaves):
+        params = [jnp.ones((8, 8))] * leaves
+        return len(jax.make_jaxpr(step)(params, tx.init(params), params).eqns)
+
+    few, many, more = (equations(leaves) for leaves in (10, 20, 40))
+    assert more - many == 2 * (many - few)
+    each, besides = EQUATIONS[name]
+    assert many - few <= 10 * each
+    assert few - (many - few) <= besides
+
+
 @each_pair
 def test_donation_leaves_no_copy(pair):
     """Parameters and state are updated in place, with no temporary of the size of a parameter."""

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ import jax
 import memory
 import numpy as np
 import pytest
+import step
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -186,3 +188,27 @@ def test_memory_refuses_a_missing_directory(tmp_path):
     done = run("memory.py", "--json", "no/where.json", cwd=tmp_path)
     assert done.returncode == 2
     assert "there is no directory" in done.stderr
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """Every side on a small tree: the table, the figures and the picture."""
+    monkeypatch.setitem(step.WORK, "1000-leaves", lambda: [(64, 64), (64,)])
+    monkeypatch.chdir(tmp_path)
+    short = ["step.py", "--work=1000-leaves", "--rounds=3", "--json=rows.json", "--plot=step.png"]
+    monkeypatch.setattr(sys, "argv", short)
+    with jax.numpy_dtype_promotion("standard"):
+        step.main()
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["side"] for row in rows] == step.SIDES
+    for row in rows:
+        assert f"| 1000-leaves, float32, donated | {row['side']} |" in printed
+        assert len(row["seconds"]) == len(row["ratios"]) == 3
+    assert set(rows[0]["ratios"]) == {1.0}
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_work_of_the_benchmark():
+    count = lambda work: sum(math.prod(shape) for shape in step.WORK[work]())  # noqa: E731
+    assert (count("gpt2"), len(step.gpt2())) == (124_439_808, 148)
+    assert (count("resnet50"), len(step.resnet50())) == (25_557_032, 161)

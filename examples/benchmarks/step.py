@@ -1,0 +1,355 @@
+"""Time one optimizer step: adam_jax beside optax and torch, and beside the limit of the memory.
+
+All sides run in one process and in turn, A B A B, after a warm-up, each result awaited; what is
+printed are medians, and of every round the ratio to the first side. The limit moves the 28 bytes
+per parameter that float32 Adam must at least move (read g, m, v, p; write m, v, p) and computes
+next to nothing, in the same rounds. A step is update and apply, jitted, with donated buffers or
+without.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import optax
+from tqdm import tqdm
+
+import adam_jax
+from adam_jax import storage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# --- Work -----------------------------------------------------------------------------------------
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """GPT-2 small: 124 M parameters in 148 leaves."""
+    width, norm = 768, [(768,), (768,)]
+    dense = lambda n, m: [(n, m), (m,)]  # noqa: E731
+    block = [*norm, *dense(width, 3 * width), *dense(width, width)]
+    block += [*norm, *dense(width, 4 * width), *dense(4 * width, width)]
+    return [(50257, width), (1024, width), *(12 * block), *norm]
+
+
+def resnet50() -> list[tuple[int, ...]]:
+    """ResNet-50: 25.6 M parameters in 161 leaves."""
+    shapes = [(7, 7, 3, 64), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            for kernel in (
+                (1, 1, inputs, width),
+                (3, 3, width, width),
+                (1, 1, width, 4 * width),
+                *([(1, 1, inputs, 4 * width)] if block == 0 else []),
+            ):
+                shapes += [kernel, (kernel[-1],), (kernel[-1],)]
+            inputs = 4 * width
+    return [*shapes, (2048, 1000), (1000,)]
+
+
+WORK: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "gpt2": gpt2,
+    "resnet50": resnet50,
+    "1000-leaves": lambda: [(8, 8)] * 1000,
+    "3000-leaves": lambda: [(8, 8)] * 3000,
+    "one-leaf": lambda: [(100_000_000,)],
+}
+
+# --- Sides ----------------------------------------------------------------------------------------
+
+
+def three_stages() -> optax.GradientTransformation:
+    return optax.chain(
+        adam_jax.scale_by_moments(), adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-3)
+    )
+
+
+def eight_bit() -> optax.GradientTransformation:
+    return adam_jax.adam(1e-3, mu_storage=storage.int8(), nu_storage=storage.int8())
+
+
+JAX_SIDES = {
+    "optax.adam": lambda: optax.adam(1e-3),
+    "stages": three_stages,
+    "adam": lambda: adam_jax.adam(1e-3),
+    "optax.adamw": lambda: optax.adamw(1e-3),
+    "adamw": lambda: adam_jax.adamw(1e-3),
+    "8-bit adam": eight_bit,
+}
+TORCH_SIDES = {
+    "torch fused": {"fused": True},
+    "torch foreach": {"foreach": True},
+    "torch plain": {"foreach": False, "fused": False},
+}
+SIDES = [*JAX_SIDES, *TORCH_SIDES, "limit"]
+
+
+class Side(NamedTuple):
+    """Something that can be stepped, and what is known of it without a clock."""
+
+    name: str
+    step: Callable[[], Any]  # one step, awaited
+    facts: dict[str, float]
+
+
+def kernels(compiled) -> int:
+    """The instructions of the compiled module that do work."""
+    entry = compiled.as_text().split("ENTRY")[1]
+    instructions = re.findall(r"= (?:\([^=]*\)|\S+) ([a-z\-]+)\(", entry)
+    free = {"parameter", "tuple", "bitcast", "constant", "get-tuple-element"}
+    return sum(name not in free for name in instructions)
+
+
+def jax_side(name: str, shapes, dtype: str, donate: bool) -> Side:
+    tx = JAX_SIDES[name]()
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = [jnp.ones(shape, dtype) for shape in shapes]
+    grads = [jnp.full(shape, 1e-3, dtype) for shape in shapes]
+    state = jax.jit(tx.init)(params)
+    times = [time.perf_counter()]
+    traced = jax.jit(step, donate_argnums=(0, 1) if donate else ()).trace(params, state, grads)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    compiled = lowered.compile()
+    times.append(time.perf_counter())
+    count = sum(param.size for param in params)
+    facts = {
+        "trace, s": times[1] - times[0],
+        "lower, s": times[2] - times[1],
+        "compile, s": times[3] - times[2],
+        "equations per leaf": len(traced.jaxpr.eqns) / len(shapes),
+        "kernels": kernels(compiled),
+        "bytes": compiled.cost_analysis()["bytes accessed"] / count,
+        "temporaries": compiled.memory_analysis().temp_size_in_bytes / count,
+    }
+    carry = [params, state]
+
+    def run():
+        carry[:] = jax.block_until_ready(compiled(*carry, grads))
+
+    return Side(name, run, facts)
+
+
+def torch_side(name: str, shapes, dtype: str) -> Side:
+    import torch
+
+    gpu = jax.default_backend() == "gpu"
+    options = {"dtype": getattr(torch, dtype), "device": "cuda" if gpu else "cpu"}
+    params = [torch.ones(shape, **options, requires_grad=True) for shape in shapes]
+    for param in params:
+        param.grad = torch.full_like(param, 1e-3)
+    optimizer = torch.optim.Adam(params, lr=1e-3, **TORCH_SIDES[name])
+
+    def run():
+        optimizer.step()
+        if gpu:
+            torch.cuda.synchronize()
+
+    return Side(name, run, {})
+
+
+def limit_side(shapes, dtype: str) -> Side:
+    """Reads four arrays and writes three of them: nothing but memory."""
+    count = sum(math.prod(shape) for shape in shapes)
+    arrays = [jnp.ones(count, dtype), *(jnp.ones(count, "float32") for _ in range(2))]
+    grad = jnp.ones(count, dtype)
+
+    def triad(arrays, grad):
+        p, m, v = arrays
+        return [p + 1e-3 * grad, m * 0.9, v * 0.999]  # 4 + 3 arrays, as Adam reads and writes
+
+    compiled = jax.jit(triad, donate_argnums=0).lower(arrays, grad).compile()
+    carry = [arrays]
+
+    def run():
+        carry[0] = jax.block_until_ready(compiled(carry[0], grad))
+
+    return Side("limit", run, {"kernels": kernels(compiled)})
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    work: str
+    dtype: str
+    donated: bool
+    side: str
+    seconds: list[float]
+    ratios: list[float]  # to the first side, round by round
+    facts: dict[str, float]
+
+
+def measure(work: str, names: list[str], dtype: str, donate: bool, rounds: int) -> list[Row]:
+    shapes = WORK[work]()
+    sides = []
+    for name in tqdm(names, f"{work}: compiling", leave=False):
+        if name == "limit":
+            sides.append(limit_side(shapes, dtype))
+        elif name in TORCH_SIDES:
+            sides.append(torch_side(name, shapes, dtype))
+        else:
+            sides.append(jax_side(name, shapes, dtype, donate))
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for turn in tqdm(range(rounds + 2), f"{work}: timing", leave=False):
+        for side in sides:
+            start = time.perf_counter()
+            side.step()
+            if turn > 1:  # two rounds of warm-up
+                seconds[side.name].append(time.perf_counter() - start)
+    first = seconds[names[0]]
+    return [
+        Row(
+            work, dtype, donate, side.name, seconds[side.name],
+            [ours / theirs for ours, theirs in zip(seconds[side.name], first, strict=True)],
+            side.facts,
+        )
+        for side in sides
+    ]  # fmt: skip
+
+
+def peak_memory(arguments: list[str]) -> int:
+    """The most memory that a process of its own takes for one side, in bytes."""
+    command = [sys.executable, __file__, *arguments, "--rounds", "3", "--report-peak"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+FACTS = [
+    "trace, s", "lower, s", "compile, s", "equations per leaf", "kernels", "bytes",
+    "temporaries", "peak, GB",
+]  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """One line a side; a fact that a side does not have is left blank."""
+    lines = [
+        f"| work | side | step, ms | ratio to {rows[0].side} | " + " | ".join(FACTS) + " |",
+        "|---|---|---|---|" + "---|" * len(FACTS),
+    ]
+    for row in rows:
+        low, high = (statistics.quantiles(row.ratios, n=4)[i] for i in (0, 2))
+        work = f"{row.work}, {row.dtype}, {'donated' if row.donated else 'kept'}"
+        facts = [f"{row.facts[fact]:.4g}" if fact in row.facts else "" for fact in FACTS]
+        lines.append(
+            f"| {work} | {row.side} | {1e3 * statistics.median(row.seconds):.2f} "
+            f"| {statistics.median(row.ratios):.2f} ({low:.2f}–{high:.2f}) | "
+            + " | ".join(facts) + " |"
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def hardware() -> str:
+    names = ["jax", "optax", "torch"]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    device = jax.devices()[0]
+    return (
+        f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {versions}"
+    )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    works = list(dict.fromkeys((row.work, row.dtype, row.donated) for row in rows))
+    figure, axes = plt.subplots(
+        len(works), 1, figsize=(9, 1.2 + 2.6 * len(works)), layout="constrained", squeeze=False
+    )
+    for (work, dtype, donated), axis in zip(works, axes[:, 0], strict=True):
+        here = [row for row in rows if (row.work, row.dtype, row.donated) == (work, dtype, donated)]
+        color = {True: "tab:blue", False: "tab:gray"}
+        ours = [row.side in ("stages", "adam", "adamw", "8-bit adam") for row in here]
+        axis.barh(
+            [row.side for row in here],
+            [1e3 * statistics.median(row.seconds) for row in here],
+            color=[color[mine] for mine in ours],
+        )
+        axis.invert_yaxis()
+        kept = "donated" if donated else "not donated"
+        axis.set(title=f"{work}, {dtype}, {kept}", xlabel="one step, ms")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {number}")
+    return number
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", nargs="+", choices=WORK, default=["resnet50", "1000-leaves"],
+        help="the parameters (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sides", nargs="+", choices=SIDES, default=SIDES,
+        help="what to time; ratios are to the first (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of parameters and gradients (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--keep", action="store_true", help="do not donate parameters and state")
+    parser.add_argument("--peak", action="store_true", help="also one process a side, for its peak")
+    parser.add_argument(
+        "--rounds", type=positive, default=20, help="timed rounds (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="where to write every figure (default: nowhere)")
+    parser.add_argument("--plot", type=Path, help="where to draw the step times (default: nowhere)")
+    parser.add_argument("--report-peak", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for name in ("json", "plot"):
+        path = getattr(options, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name}: there is no directory {path.absolute().parent}")
+
+    rows = []
+    for work in options.work:
+        for row in measure(work, options.sides, options.dtype, not options.keep, options.rounds):
+            if options.peak:
+                arguments = ["--work", work, "--sides", row.side, "--dtype", options.dtype]
+                arguments += ["--keep"] if options.keep else []
+                row.facts["peak, GB"] = peak_memory(arguments) / 1e9
+            rows.append(row)
+    if options.report_peak:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    print(hardware())
+    print("ratio: median and quartiles of the rounds; bytes and temporaries: per parameter\n")
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    if options.plot:
+        draw(rows, options.plot)
+        print(f"\nstep times: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
