@@ -109,7 +109,7 @@ def test_donation_leaves_no_copy(pair):
 
 
 # What a step with donation may need besides, in bytes per parameter: a copy of what is stored,
-# since XLA's CPU backend reads the old moment in two kernels and overwrites it in one of them; with a
+# since XLA's CPU backend reads the old moment in two kernels and overwrites it in one; with a
 # residual also a copy of it and of the weights, and the update in bfloat16.
 STORED_COPIES = {
     "float32": 0.1,
