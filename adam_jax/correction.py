@@ -496,6 +496,6 @@ def stateless(stage: str, leaf: Any) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        return signals.map_moments(stage, leaf, updates), state
+        return signals.map_moments(stage, signals.shared(leaf), updates), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

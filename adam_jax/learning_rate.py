@@ -66,13 +66,14 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
         if callable(rate):
             rate = signals.check_scalar("learning_rate", rate(state.count))
 
-        def leaf(update):
+        @signals.shared
+        def scaled(update, rate):
             dtype = signals.accumulator(update.dtype)
             step = -signals.cast(rate, dtype) * update.astype(dtype)
             return step.astype(update.dtype)
 
-        scaled = signals.map_updates("scale_by_lr", leaf, updates)
-        return scaled, ScaleByLrState(count=optax.safe_increment(state.count))
+        updates = signals.map_updates("scale_by_lr", lambda u: scaled(u, rate), updates)
+        return updates, ScaleByLrState(count=optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

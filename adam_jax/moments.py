@@ -312,26 +312,31 @@ def scale_by_moments(
         mu_rates, mu_weight = _rates("b1", b1, state.count, state.mu_weight)
         nu_rates, nu_weight = _rates("b2", b2, state.count, state.nu_weight)
 
+        @signals.shared
+        def averaged(grad, last_mu, last_nu, mu_decay, nu_decay):
+            mu, nu = grad, None
+            if last_mu is not None:
+                mu_decay = signals.cast(mu_decay, last_mu.dtype)
+                mu = (1 - mu_decay) * grad + mu_decay * last_mu
+            if last_nu is not None:
+                nu = rule(grad, mu, last_nu, signals.cast(nu_decay, last_nu.dtype))
+            return mu, nu
+
         def leaf(grad, last_mu, last_nu):
             grad = jnp.asarray(grad)
             dtype = signals.accumulator(grad.dtype)
             for moment in (last_mu, last_nu):
                 dtype = dtype if moment is None else signals.wider(dtype, moment.dtype)
-            g, mu_decay, nu_decay = grad.astype(dtype), mu_rates.decay, nu_rates.decay
-            mu, nu = g, None
-            if last_mu is not None:
-                mu_decay, last_mu = signals.cast(mu_decay, dtype), last_mu.astype(dtype)
-                mu = (1 - mu_decay) * g + mu_decay * last_mu
-            if last_nu is not None:
-                real = signals.real(dtype)
-                nu_decay, last_nu = signals.cast(nu_decay, real), last_nu.astype(real)
-                nu = rule(g, mu, last_nu, nu_decay)
+            last_mu = None if last_mu is None else last_mu.astype(dtype)
+            last_nu = None if last_nu is None else last_nu.astype(signals.real(dtype))
+            decays = mu_rates.decay, nu_rates.decay
+            mu, nu = averaged(grad.astype(dtype), last_mu, last_nu, *decays)
             return Moments(
                 grad=grad,
                 mu=mu,
-                nu=nu,  # type: ignore[arg-type]  # None where there is none
-                mu_decay=mu_decay,
-                nu_decay=nu_decay,
+                nu=nu,
+                mu_decay=mu_rates.decay,
+                nu_decay=nu_rates.decay,
                 mu_weight=mu_rates.weight,
                 nu_weight=nu_rates.weight,
                 mu_next_decay=mu_rates.next_decay,

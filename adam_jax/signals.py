@@ -5,8 +5,9 @@ either a plain array or one `Moments`: the outer tree never changes, so every op
 selects leaves (`optax.masked`, `optax.partition`) works around one stage as well as around a chain.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,6 +107,44 @@ def map_updates(
         return fn(jnp.asarray(update), *others)
 
     return jax.tree_util.tree_map_with_path(leaf, updates, *rest, is_leaf=_is_moments)
+
+
+def shared(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of one leaf, traced once for all leaves of a kind, wherever a step is traced.
+
+    A model has many more leaves than shapes, and tracing and lowering each by itself would take
+    most of the time before XLA takes over. A Python number stays one, on the way in and out,
+    because arithmetic on numbers and on float32 scalars differs in the last digit.
+    """
+    results = {}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def on_arrays(kind, arrays):
+        arrays, results[kind] = _split(fn(*_joined(kind, arrays)))
+        return arrays
+
+    def leaf(*args):
+        arrays, kind = _split(args)
+        if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+            return fn(*args)
+        arrays = on_arrays(kind, arrays)
+        return _joined(results[kind], arrays)
+
+    return leaf
+
+
+def _split(tree: Any) -> tuple[list[Any], Any]:
+    """The arrays of a tree, and what remains of it without them: its structure and its numbers."""
+    leaves, structure = jax.tree.flatten(tree)
+    numbers = tuple(leaf if isinstance(leaf, int | float) else None for leaf in leaves)
+    arrays = [leaf for leaf, number in zip(leaves, numbers, strict=True) if number is None]
+    return arrays, (structure, numbers)
+
+
+def _joined(kind: Any, arrays: Sequence[Any]) -> Any:
+    """What `_split` has split."""
+    (structure, numbers), left = kind, iter(arrays)
+    return jax.tree.unflatten(structure, [next(left) if n is None else n for n in numbers])
 
 
 def first_moment(moments: Moments) -> jax.Array:
