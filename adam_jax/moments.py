@@ -217,6 +217,7 @@ def scale_by_moments(
     nu_dtype: Any | None = None,
     mu_storage: Storage | None = None,
     nu_storage: Storage | None = None,
+    recompute: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace every gradient by its first and second moment.
 
@@ -245,6 +246,12 @@ def scale_by_moments(
       mu_storage: another way to keep the first moment, from `adam_jax.storage` or your own, instead
         of `mu_dtype`. Default None.
       nu_storage: another way to keep the second moment, likewise.
+      recompute: whether to compute the emitted moments apart from those that are kept; the two
+        differ in the last digit at most. A parameter then does not wait for its moments to be
+        written, and XLA's CPU backend (of jaxlib 0.10 or newer), if it is told to with
+        ``XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion``, makes one kernel
+        of a leaf, which moves 28 bytes a parameter instead of 40. Without that flag the CPU backend
+        copies the old moments first and is four times slower. Default False.
 
     Returns:
       A gradient transformation from gradients to `Moments`, with a `ScaleByMomentsState`.
@@ -346,13 +353,17 @@ def scale_by_moments(
             )
 
         absent = jax.tree.map(lambda _: None, updates)
-        moments = jax.tree.map(
-            leaf,
+        inputs = (
             updates,
             absent if last_mu is None else last_mu,
             absent if last_nu is None else last_nu,
         )
+        moments = jax.tree.map(leaf, *inputs)
         new_mu, new_nu = (signals.picked(moment, moments) for moment in ("mu", "nu"))
+        if recompute:
+            # XLA would merge what is computed twice if it knew that no count is negative.
+            same = lambda x: jnp.where(state.count >= 0, x, jnp.zeros_like(x))  # noqa: E731
+            moments = jax.tree.map(leaf, *jax.tree.map(same, inputs))
         return moments, ScaleByMomentsState(
             count=optax.safe_increment(state.count),
             mu=storages.saved(mu_storage, new_mu, state.mu, mu_leaves),

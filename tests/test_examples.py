@@ -195,7 +195,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(step.WORK, "1000-leaves", lambda: [(64, 64), (64,)])
     monkeypatch.chdir(tmp_path)
     short = ["step.py", "--work=1000-leaves", "--rounds=3", "--json=rows.json", "--plot=step.png"]
-    monkeypatch.setattr(sys, "argv", short)
+    monkeypatch.setattr(sys, "argv", [*short, "--sides", *step.SIDES])
     with jax.numpy_dtype_promotion("standard"):
         step.main()
     printed = capsys.readouterr().out
