@@ -362,8 +362,9 @@ def scale_by_moments(
         new_mu, new_nu = (signals.picked(moment, moments) for moment in ("mu", "nu"))
         if recompute:
             # XLA would merge what is computed twice if it knew that no count is negative.
-            same = lambda x: jnp.where(state.count >= 0, x, jnp.zeros_like(x))  # noqa: E731
-            moments = jax.tree.map(leaf, *jax.tree.map(same, inputs))
+            same = signals.shared(lambda x, count: jnp.where(count >= 0, x, jnp.zeros_like(x)))
+            inputs = jax.tree.map(lambda x: same(x, state.count), inputs)
+            moments = jax.tree.map(leaf, *inputs)
         return moments, ScaleByMomentsState(
             count=optax.safe_increment(state.count),
             mu=storages.saved(mu_storage, new_mu, state.mu, mu_leaves),

@@ -610,7 +610,8 @@ def initial(storage: Storage, params: optax.Params, at: Any, value: float = 0.0)
 
     def leaf(param, at):
         full = jnp.full_like(param, value, dtype=at.dtype)
-        return storage.save(full, at) if storage.fits(at) else full
+        # Unless it is kept from knowing them, XLA works out the codes of constants in compilation.
+        return storage.save(jax.lax.optimization_barrier(full), at) if storage.fits(at) else full
 
     return jax.tree.map(leaf, params, at)
 

@@ -375,6 +375,12 @@ def test_the_step_uses_the_moment_before_it_is_saved(how):
     assert_close(with_storage, plain, "float32 mean")
 
 
+def test_init_leaves_nothing_to_compute_in_compilation():
+    """XLA took 50 s to reduce the zeros of a large leaf to its scales before it ran anything."""
+    init = jax.jit(kept_by(storage.int8()).init).lower(jnp.ones((256, 256))).compile()
+    assert " reduce(" in init.as_text()
+
+
 @each_storage
 def test_jit_scan_and_vmap(how):
     tx, params = kept_by(how), tree()

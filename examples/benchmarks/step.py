@@ -245,11 +245,30 @@ def measure(work: str, names: list[str], dtype: str, donate: bool, rounds: int) 
     ]  # fmt: skip
 
 
-def peak_memory(arguments: list[str]) -> int:
-    """The most memory that a process of its own takes for one side, in bytes."""
-    command = [sys.executable, __file__, *arguments, "--rounds", "3", "--report-peak"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+def apart(sides: list[list[str]], processes: int) -> list[dict[str, float]]:
+    """What each side takes in processes of its own: its peak memory, and the time to compile.
+
+    One after the other in one process, the later sides would find the memory full of the earlier
+    ones. Medians of so many processes a side, in turn.
+    """
+    found: list[list[dict[str, float]]] = [[] for _ in sides]
+    for _ in tqdm(range(processes), "each side in a process of its own", leave=False):
+        for facts, arguments in zip(found, sides, strict=True):
+            command = [sys.executable, __file__, *arguments, "--rounds", "3", "--report"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            facts.append(json.loads(done.stdout.splitlines()[-1]))
+    return [
+        {name: statistics.median(facts[name] for facts in side) for name in side[0]}
+        for side in found
+    ]
+
+
+def report(row: Row) -> None:
+    """The line that `apart` reads."""
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 1e9
+    times = {fact: row.facts[fact] for fact in FACTS[:3] if fact in row.facts}
+    print(json.dumps({**times, "peak, GB": peak}))
 
 
 FACTS = [
@@ -337,29 +356,36 @@ def main() -> None:
         help="of parameters and gradients (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--keep", action="store_true", help="do not donate parameters and state")
-    parser.add_argument("--peak", action="store_true", help="also one process a side, for its peak")
+    parser.add_argument(
+        "--apart", type=int, default=0, metavar="N",
+        help="also N processes a side, for its peak memory and its time to compile (default: 0)",
+    )  # fmt: skip
     parser.add_argument(
         "--rounds", type=positive, default=20, help="timed rounds (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, help="where to write every figure (default: nowhere)")
     parser.add_argument("--plot", type=Path, help="where to draw the step times (default: nowhere)")
-    parser.add_argument("--report-peak", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in ("json", "plot"):
         path = getattr(options, name)
         if path is not None and not path.absolute().parent.is_dir():
             parser.error(f"--{name}: there is no directory {path.absolute().parent}")
 
+    # First, because a process starts with the peak of the one that started it.
+    sides = [
+        ["--work", work, "--sides", side, "--dtype", options.dtype] + ["--keep"] * options.keep
+        for work in options.work
+        for side in options.sides
+    ]
+    facts = apart(sides, options.apart) if options.apart else [{} for _ in sides]
     rows = []
     for work in options.work:
-        for row in measure(work, options.sides, options.dtype, not options.keep, options.rounds):
-            if options.peak:
-                arguments = ["--work", work, "--sides", row.side, "--dtype", options.dtype]
-                arguments += ["--keep"] if options.keep else []
-                row.facts["peak, GB"] = peak_memory(arguments) / 1e9
-            rows.append(row)
-    if options.report_peak:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        rows += measure(work, options.sides, options.dtype, not options.keep, options.rounds)
+    for row, more in zip(rows, facts, strict=True):
+        row.facts.update(more)
+    if options.report:
+        report(rows[0])
         return
     print(hardware())
     print("ratio: median and quartiles of the rounds; bytes and temporaries: per parameter\n")
