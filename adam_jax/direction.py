@@ -243,11 +243,19 @@ def corrected(
 def normalized(
     moments: Moments, eps: jax.typing.ArrayLike, eps_root: jax.typing.ArrayLike
 ) -> jax.Array:
-    """`normalize` on one leaf."""
+    """`normalize` on one leaf.
+
+    A number known to be 0 is not added, and a divisor known not to be 0 is not guarded: XLA would
+    find that out for every leaf, which a model of many leaves spends a fifth of its compilation on.
+    """
     mu, nu = moments.mu, signals.second_moment(moments)
-    root = sqrt(nu + signals.cast(eps_root, nu.dtype))
-    denominator = (root + signals.cast(eps, nu.dtype)).astype(mu.dtype)
-    return divide(mu, denominator).astype(moments.grad.dtype)
+    dtype = nu.dtype
+    if not isinstance(eps_root, float) or eps_root > 0:
+        nu = nu + signals.cast(eps_root, dtype)
+    denominator = (sqrt(nu) + signals.cast(eps, dtype)).astype(mu.dtype)
+    positive = isinstance(eps, float) and eps >= jnp.finfo(dtype).tiny
+    direction = mu / denominator if positive else divide(mu, denominator)
+    return direction.astype(moments.grad.dtype)
 
 
 @jax.custom_jvp

@@ -25,8 +25,8 @@ LARGEST = 256 * 300 * 4  # bytes
 SCHEDULE = optax.cosine_decay_schedule(1e-3, 100)
 
 # What scale_by_lr's count costs next to optax's constant rate, which has none: one scalar kernel,
-# which reads and writes 4 bytes, each counted inside the kernel and outside.
-COUNT_KERNELS, COUNT_BYTES = 1, 16
+# of eight instructions, which reads and writes 4 bytes, each counted inside the kernel and outside.
+COUNT_KERNELS, COUNT_INSTRUCTIONS, COUNT_BYTES = 1, 8, 16
 
 # Kernels that a step has for its scalars (counts, weights), however many leaves there are.
 SCALAR_KERNELS = 7
@@ -45,6 +45,11 @@ def compiled_step(tx, donate=True):
 
 def bytes_accessed(compiled):
     return compiled.cost_analysis()["bytes accessed"]
+
+
+def instructions(compiled):
+    """All of them, within kernels too: what XLA's own time grows with."""
+    return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE))
 
 
 PAIRS = {
@@ -68,6 +73,7 @@ def test_the_cost_is_that_of_optax(pair, donate):
 @each_donation
 def test_the_cost_of_a_constant_rate_is_one_count_more(pair, donate):
     ours, theirs = (compiled_step(factory(1e-3), donate) for factory in pair)
+    assert 0 < instructions(ours) <= instructions(theirs) + COUNT_INSTRUCTIONS
     assert benchmark.kernels(ours) <= benchmark.kernels(theirs) + COUNT_KERNELS
     assert bytes_accessed(ours) <= bytes_accessed(theirs) + COUNT_BYTES
 
