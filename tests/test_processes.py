@@ -1,0 +1,125 @@
+"""Two real processes on loopback with four devices each: the numbers of one process with eight."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support import assert_close
+
+import adam_jax
+from adam_jax import storage
+
+OPTIMIZERS = {
+    "adamw": adam_jax.adamw(1e-2),
+    "8-bit": adam_jax.adamw(1e-2, mu_storage=storage.int8(), nu_storage=storage.int8()),
+    "4-bit, factored": adam_jax.adamw(
+        1e-2, mu_storage=storage.int4(), nu_storage=storage.factored()
+    ),
+    "clipped, rounded": optax.chain(
+        optax.clip_by_global_norm(1.0), adam_jax.adamw(1e-2), adam_jax.compensate("int8")
+    ),
+}
+
+
+def train(tx, dtype):
+    """Five steps: the batch in eight parts, the kernel's rows in eight parts, the bias in one.
+
+    The batch holds small integers, so that its gradients are the same in whatever order the
+    processes add them.
+    """
+    mesh = Mesh(np.array(jax.devices("cpu")), ("data",))
+    rng = np.random.default_rng(0)
+
+    def place(x, *axes):
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    params = {
+        "kernel": place(rng.normal(size=(64, 512)).astype(dtype), "data"),
+        "bias": place(np.zeros(512, dtype)),
+    }
+
+    def loss(params, batch, weights):
+        return jnp.sum((batch @ params["kernel"] + params["bias"][None]) * weights)
+
+    @jax.jit
+    def step(params, state, batch, weights):
+        updates, state = tx.update(jax.grad(loss)(params, batch, weights), state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)  # not jitted: parts of the parameters are in the other process
+    for _ in range(5):
+        batch = place(rng.integers(-2, 3, (16, 64)).astype(dtype), "data")
+        weights = place(rng.integers(-2, 3, (16, 512)).astype(dtype), "data")
+        params, state = step(params, state, batch, weights)
+    return params, state
+
+
+def dtype_of(name):
+    return jnp.bfloat16 if "rounded" in name else np.float32
+
+
+def results():
+    """Everything that the training leaves, by optimizer and place in the tree, on the host."""
+    found = {}
+    for name, tx in OPTIMIZERS.items():
+        leaves = jax.tree_util.tree_leaves_with_path(train(tx, dtype_of(name)))
+        for path, leaf in leaves:
+            whole = multihost_utils.process_allgather(leaf, tiled=True)
+            found[name + jax.tree_util.keystr(path)] = np.asarray(whole, np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        PYTHONPATH=os.path.dirname(__file__),
+    )
+    paths = [folder / f"{rank}.npz" for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, address, str(rank), str(path)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, path in enumerate(paths)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [dict(np.load(path)) for path in paths]
+
+
+def test_two_processes(two_processes):
+    alone = results()
+    first, second = two_processes
+    assert alone.keys() == first.keys() == second.keys()
+    np.testing.assert_equal(first, second)
+    assert_close(first, alone, "contracted")
+
+
+if __name__ == "__main__":
+    address, rank, path = sys.argv[1:]
+    jax.distributed.initialize(address, num_processes=2, process_id=int(rank))
+    assert (jax.process_count(), len(jax.local_devices()), len(jax.devices())) == (2, 4, 8)
+    np.savez(path, **results())
