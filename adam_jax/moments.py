@@ -251,7 +251,7 @@ def scale_by_moments(
         written, and XLA's CPU backend (of jaxlib 0.10 or newer), if it is told to with
         ``XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion``, makes one kernel
         of a leaf, which moves 28 bytes a parameter instead of 40. Without that flag the CPU backend
-        copies the old moments first and is four times slower. Default False.
+        copies the old moments first and is three times slower. Default False.
 
     Returns:
       A gradient transformation from gradients to `Moments`, with a `ScaleByMomentsState`.
