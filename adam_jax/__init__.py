@@ -19,6 +19,7 @@ from adam_jax.correction import (
     running_max,
 )
 from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
+from adam_jax.fusion import recompute
 from adam_jax.learning_rate import (
     ClipByScheduleState,
     ScaleByLrState,
@@ -52,6 +53,7 @@ from adam_jax.optimizers import (
     momentum,
     nadam,
     nadamw,
+    nesterov_momentum,
     radam,
     rmsprop,
     sgd,
@@ -63,14 +65,14 @@ from adam_jax.rounding import (
     compensate,
     round_stochastically,
 )
-from adam_jax.signals import Last, Moments
+from adam_jax.signal import Average, Moments
 
 __version__ = "0.1.0"
 
 __all__ = [
     # the signal
     "Moments",
-    "Last",
+    "Average",
     # gradients to moments, and the rules for the second one (`moments.yogi` is the fifth)
     "scale_by_moments",
     "squared",
@@ -101,6 +103,8 @@ __all__ = [
     # updates to updates that low-precision parameters land on
     "round_stochastically",
     "compensate",
+    # a stage whose output is computed apart from its state: one kernel a leaf on a CPU
+    "recompute",
     # the states
     "ScaleByMomentsState",
     "Weight",
@@ -111,9 +115,10 @@ __all__ = [
     "ScaleByLrState",
     "RoundStochasticallyState",
     "CompensateState",
-    # whole optimizers, one chain each (`optimizers.nesterov` is one more)
+    # whole optimizers, one chain each
     "sgd",
     "momentum",
+    "nesterov_momentum",
     "adagrad",
     "rmsprop",
     "adam",

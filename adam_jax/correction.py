@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import signals
-from adam_jax import storage as storages
-from adam_jax.moments import Weight, no_weight
-from adam_jax.signals import Moments
+from adam_jax._numbers import (
+    Scalar,
+    check_bool,
+    check_hyperparameter,
+    check_scalar,
+    increment,
+    scalar,
+)
+from adam_jax._slot import Slot
+from adam_jax.moments import Weight
+from adam_jax.signal import Moments, kept_mu, kept_nu, map_moments, mixed, stateless
 from adam_jax.storage import Storage
 
 
@@ -36,17 +43,22 @@ def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationE
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(), adam_jax.debias())
       >>> moments, _ = stages.update(jnp.array([3.0]), stages.init(jnp.zeros(1)))
-      >>> print(moments.mu, moments.nu, moments.mu_weight)
+      >>> print(moments.mu.value, moments.nu.value, moments.mu.weight)
       [3.] [9.0] 1.0
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), section 3.
     """
 
-    def leaf(moments: Moments) -> Moments:
-        moments = debiased_mu(moments) if mu else moments
-        return debiased_nu(moments) if nu else moments
+    mu, nu = check_bool("mu", mu), check_bool("nu", nu)
 
-    return stateless("debias", leaf)
+    def debiased(moments: Moments) -> Moments:
+        if mu:
+            moments = moments._replace(mu=moments.mu.debiased())
+        if nu and moments.nu is not None:
+            moments = moments._replace(nu=moments.nu.debiased())
+        return moments
+
+    return stateless("debias", debiased)
 
 
 def nesterov(
@@ -88,30 +100,26 @@ def nesterov(
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
     if momentum is None:
-        return stateless("nesterov", looked_ahead)
+        return stateless(
+            "nesterov", lambda moments: moments._replace(mu=moments.mu.looked_ahead(moments.grad))
+        )
     if not callable(momentum):
         raise TypeError(f"momentum must be a schedule or None, got {momentum!r}.")
 
     def init_fn(params):
         del params
-        return NesterovState(jnp.zeros([], jnp.int32), no_weight())
+        return NesterovState(jnp.zeros([], jnp.int32), Weight.none())
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        step = optax.safe_increment(state.count)
-        now, ahead = (signals.check_scalar("momentum", momentum(t)) for t in (state.count, step))
-        weight = state.weight.gather(now)
+        rates, weight = state.weight.average("momentum", momentum, state.step)
 
-        def leaf(moments: Moments) -> Moments:
-            scheduled = moments._replace(
-                mu_decay=now,
-                mu_weight=weight.value,
-                mu_next_decay=ahead,
-                mu_next_weight=weight.gather(ahead).value,
-            )
-            return looked_ahead(scheduled)
+        def looked_ahead(moments: Moments) -> Moments:
+            mu = rates._replace(value=moments.mu.value, previous=moments.mu.previous)
+            return moments._replace(mu=mu.looked_ahead(moments.grad))
 
-        return signals.map_moments("nesterov", leaf, updates), NesterovState(step, weight)
+        moments = map_moments("nesterov", looked_ahead, updates)
+        return moments, NesterovState(increment(state.step), weight)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -120,15 +128,17 @@ class NesterovState(NamedTuple):
     """The state of `nesterov` with a momentum schedule.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates.
+      step: the number of steps taken, an int32 scalar that saturates.
       weight: the weight gathered under the momentum schedule.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+    step: jax.Array
     weight: Weight
 
 
-def running_max(*, nu_storage: Storage | None = None) -> optax.GradientTransformationExtraArgs:
+def running_max(
+    *, nu_storage: Storage | Any | None = None
+) -> optax.GradientTransformationExtraArgs:
     r"""AMSGrad: let the second moment never fall.
 
     .. math:: v^{max}_t = \max(v^{max}_{t-1}, v_t)
@@ -137,15 +147,16 @@ def running_max(*, nu_storage: Storage | None = None) -> optax.GradientTransform
     of Keras; after it that of the corrected ones, the order of optax.
 
     Args:
-      nu_storage: how to keep the maximum between steps, from `adam_jax.storage` or your own; it may
-        fall by as much as that rounds. None, the default, keeps it in at least float32.
+      nu_storage: how to keep the maximum between steps: a dtype, one of `adam_jax.storage`, or your
+        own `Storage`; it may fall by as much as that rounds. None, the default, keeps it in at
+        least float32.
 
     Returns:
       A gradient transformation from `Moments` to `Moments`, with a `RunningMaxState`.
 
     Raises:
-      TypeError: if `nu_storage` is not a `Storage`; in `update`, if it gets plain updates instead
-        of `Moments`.
+      TypeError: if `nu_storage` is neither a `Storage` nor a dtype; in `update`, if it gets plain
+        updates instead of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -153,28 +164,27 @@ def running_max(*, nu_storage: Storage | None = None) -> optax.GradientTransform
       >>> state = stages.init(jnp.zeros(1))
       >>> for grad in (2.0, 0.0):
       ...     moments, state = stages.update(jnp.array([grad]), state)
-      ...     print(moments.nu)
+      ...     print(moments.nu.value)
       [2.]
       [2.]
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
 
-    nu_storage = storages.chosen("nu", nu_storage)
+    slot = Slot.of("running_max", "nu", nu_storage)
 
     def init_fn(params):
-        nu_max = storages.initial(nu_storage, params, storages.leaves("nu", params))
-        return RunningMaxState(jnp.zeros([], jnp.int32), nu_max)
+        return RunningMaxState(jnp.zeros([], jnp.int32), slot.initial(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        nu = signals.map_moments("running_max", signals.second_moment, updates)
-        leaves = storages.leaves("nu", nu, state.count)
-        largest = storages.loaded("running_max", nu_storage, state.nu_max, leaves)
+        nu = map_moments("running_max", lambda moments: kept_nu(moments).value, updates)
+        largest, keep = slot.open(state.nu_max, nu, state.step)
         nu = jax.tree.map(lambda nu, most: jnp.maximum(most.astype(nu.dtype), nu), nu, largest)
-        moments = signals.map_moments("running_max", lambda m, nu: m._replace(nu=nu), updates, nu)
-        kept = storages.saved(nu_storage, nu, state.nu_max, leaves)
-        return moments, RunningMaxState(optax.safe_increment(state.count), kept)
+        moments = map_moments(
+            "running_max", lambda m, nu: m._replace(nu=kept_nu(m).with_value(nu)), updates, nu
+        )
+        return moments, RunningMaxState(increment(state.step), keep(nu))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -183,13 +193,13 @@ class RunningMaxState(NamedTuple):
     """The state of `running_max`.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates.
-      nu_max: the largest second moments so far, a tree shaped like the parameters, real, each as
-        its storage keeps it.
+      step: the number of steps taken, an int32 scalar that saturates.
+      nu_max: the largest second moments so far, real, as their storage keeps them: a tree shaped
+        like the parameters, or a NamedTuple of such trees.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
-    nu_max: optax.Updates
+    step: jax.Array
+    nu_max: Any
 
 
 def center() -> optax.GradientTransformationExtraArgs:
@@ -207,20 +217,27 @@ def center() -> optax.GradientTransformationExtraArgs:
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(0.5, 0.5), adam_jax.center())
       >>> moments, _ = stages.update(jnp.array([2.0]), stages.init(jnp.zeros(1)))
-      >>> print(moments.mu, moments.nu)  # 2 - 1
+      >>> print(moments.mu.value, moments.nu.value)  # 2 - 1
       [2.] [1.]
 
     Source: Graves, "Generating Sequences With Recurrent Neural Networks" (arXiv 1308.0850),
     equations 38 to 45.
     """
 
-    def leaf(moments: Moments) -> Moments:
-        mu = signals.first_moment(moments)
+    def centered(moments: Moments) -> Moments:
+        if "rounded" in moments.seal:
+            raise ValueError(
+                "center takes the difference of two moments that are nearly equal, which is noise "
+                "if they were rounded between two steps: give adam_jax.scale_by_moments no "
+                "mu_storage and no nu_storage."
+            )
+        mu = kept_mu(moments)
         # Of a steady gradient the difference is 0, and rounding may leave less.
-        nu = jnp.maximum(signals.second_moment(moments) - jnp.real(jnp.conj(mu) * mu), 0)
-        return moments._replace(mu=moments.grad.astype(mu.dtype), mu_weight=1.0, nu=nu)
+        nu = jnp.maximum(kept_nu(moments).value - jnp.real(jnp.conj(mu.value) * mu.value), 0)
+        grad = mu._replace(value=moments.grad.astype(mu.value.dtype), weight=1.0, next_weight=1.0)
+        return moments._replace(mu=grad, nu=kept_nu(moments).with_value(nu))
 
-    return stateless("center", leaf)
+    return stateless("center", centered)
 
 
 def delay() -> optax.GradientTransformationExtraArgs:
@@ -243,22 +260,24 @@ def delay() -> optax.GradientTransformationExtraArgs:
       >>> state = stages.init(jnp.zeros(1))
       >>> for grad in (2.0, 5.0):
       ...     moments, state = stages.update(jnp.array([grad]), state)
-      ...     print(moments.nu)
+      ...     print(moments.nu.value)
       [inf]
       [2.]
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 1.
     """
 
-    def leaf(moments: Moments) -> Moments:
-        signals.second_moment(moments)
-        nu, weight = moments.last.nu, moments.last.nu_weight
-        unknown = jnp.asarray(weight) == 0
-        return moments._replace(
-            nu=jnp.where(unknown, jnp.inf, nu), nu_weight=jnp.where(unknown, 1, weight)
+    def delayed(moments: Moments) -> Moments:
+        nu = kept_nu(moments).previous
+        unknown = jnp.asarray(nu.weight) == 0
+        nu = nu._replace(
+            value=jnp.where(unknown, jnp.inf, nu.value),
+            weight=jnp.where(unknown, 1, nu.weight),
+            next_weight=jnp.where(unknown, 1, nu.next_weight),
         )
+        return moments._replace(nu=nu)
 
-    return stateless("delay", leaf)
+    return stateless("delay", delayed)
 
 
 def floor(*, eps: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -282,21 +301,22 @@ def floor(*, eps: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(b2=0.5), adam_jax.floor(eps=3.0))
       >>> moments, _ = stages.update(jnp.array([2.0]), stages.init(jnp.zeros(1)))
-      >>> print(moments.nu)
+      >>> print(moments.nu.value)
       [9.]
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 1.
     """
-    eps = signals.check_hyperparameter("eps", eps)
+    eps = check_hyperparameter("eps", eps)
 
-    def leaf(moments: Moments) -> Moments:
-        nu = signals.second_moment(moments)
-        return moments._replace(nu=jnp.maximum(nu, signals.cast(eps, nu.dtype) ** 2))
+    def floored(moments: Moments) -> Moments:
+        nu = kept_nu(moments)
+        least = scalar(eps, nu.value.dtype) ** 2
+        return moments._replace(nu=nu.with_value(jnp.maximum(nu.value, least)))
 
-    return stateless("floor", leaf)
+    return stateless("floor", floored)
 
 
-def interpolate(b1: signals.Scalar) -> optax.GradientTransformationExtraArgs:
+def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
     r"""Step with another average than the one that is kept.
 
     .. math:: m_t \mapsto (1 - b_1) g_t + b_1 m_{t-1}
@@ -315,31 +335,25 @@ def interpolate(b1: signals.Scalar) -> optax.GradientTransformationExtraArgs:
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(b1=0.5), adam_jax.interpolate(0.75))
       >>> moments, state = stages.update(jnp.array([4.0]), stages.init(jnp.zeros(1)))
-      >>> print(moments.mu, state[0].mu)
+      >>> print(moments.mu.value, state[0].mu)
       [1.] [2.]
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675),
     algorithm 2 (Lion).
     """
-    b1 = signals.check_hyperparameter("b1", b1, upper=1)
+    b1 = check_hyperparameter("b1", b1, upper=1)
 
-    def leaf(moments: Moments) -> Moments:
-        signals.first_moment(moments)
-        dtype = moments.mu.dtype
-        decay = signals.cast(b1, dtype)
-        mu = (1 - decay) * moments.grad.astype(dtype) + decay * moments.last.mu
-        weight = 1 - b1 * (1 - moments.last.mu_weight)
-        return moments._replace(mu=mu, mu_weight=weight)
+    def interpolated(moments: Moments) -> Moments:
+        return moments._replace(mu=kept_mu(moments).previous.stepped(moments.grad, b1))
 
-    return stateless("interpolate", leaf)
+    return stateless("interpolate", interpolated)
 
 
 def mix_slow_moment(
     b3: optax.ScalarOrSchedule = 0.9999,
     alpha: optax.ScalarOrSchedule = 5.0,
     *,
-    mu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Add a second, slower first moment, which fills up without correction.
 
@@ -349,10 +363,8 @@ def mix_slow_moment(
       b3: the decay rate of the slow moment in [0, 1): a number, a 0-d array or a schedule. Default
         0.9999.
       alpha: its share, finite and at least 0, likewise. Default 5.
-      mu_dtype: the dtype to keep the slow moment in. None keeps the dtype of the parameter, or
-        float32 where that is smaller.
-      mu_storage: another way to keep it, from `adam_jax.storage` or your own, instead of
-        `mu_dtype`. Default None.
+      mu_storage: how to keep the slow moment: a dtype, one of `adam_jax.storage`, or your own
+        `Storage`. None, the default, keeps it in at least float32.
 
     Returns:
       A gradient transformation from `Moments` to `Moments`, with a `MixSlowMomentState`.
@@ -368,42 +380,38 @@ def mix_slow_moment(
       ...     adam_jax.scale_by_moments(), adam_jax.debias(), adam_jax.mix_slow_moment(0.5, 2.0)
       ... )
       >>> moments, _ = stages.update(jnp.array([3.0]), stages.init(jnp.zeros(1)))
-      >>> print(moments.mu)  # 3 + 2 * 1.5
+      >>> print(moments.mu.value)  # 3 + 2 * 1.5
       [6.]
 
     Source: Pagliardini et al., "The AdEMAMix Optimizer" (arXiv 2409.03137), equation AdEMAMix.
     """
-    b3 = signals.check_hyperparameter("b3", b3, upper=1, schedule=True)
-    alpha = signals.check_hyperparameter("alpha", alpha, schedule=True)
-    mu_dtype = signals.check_dtype("mu_dtype", mu_dtype, jnp.inexact)
-    mu_storage = storages.chosen("mu", mu_storage, mu_dtype)
+    b3 = check_hyperparameter("b3", b3, upper=1, schedule=True)
+    alpha = check_hyperparameter("alpha", alpha, schedule=True)
+    slot = Slot.of("mix_slow_moment", "mu", mu_storage)
 
     def init_fn(params):
-        slow = storages.initial(mu_storage, params, storages.leaves("mu", params))
-        return MixSlowMomentState(jnp.zeros([], jnp.int32), slow)
+        return MixSlowMomentState(jnp.zeros([], jnp.int32), slot.initial(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         decay, share = (
-            signals.check_scalar(name, value(state.count)) if callable(value) else value
+            check_scalar(name, value(state.step)) if callable(value) else value
             for name, value in (("b3", b3), ("alpha", alpha))
         )
 
         def slower(moments, slow):
-            dtype = moments.mu.dtype
-            b = signals.cast(decay, dtype)
-            return (1 - b) * moments.grad.astype(dtype) + b * slow.astype(dtype)
+            dtype = moments.mu.value.dtype
+            return mixed(slow.astype(dtype), moments.grad.astype(dtype), decay)
 
-        def mixed(moments, slow):
-            return moments._replace(mu=moments.mu + signals.cast(share, slow.dtype) * slow)
+        def added(moments, slow):
+            mu = moments.mu.value + scalar(share, slow.dtype) * slow
+            return moments._replace(mu=moments.mu.with_value(mu))
 
-        mu = signals.map_moments("mix_slow_moment", lambda moments: moments.mu, updates)
-        leaves = storages.leaves("mu", mu, state.count)
-        slow = storages.loaded("mix_slow_moment", mu_storage, state.mu_slow, leaves)
-        slow = signals.map_moments("mix_slow_moment", slower, updates, slow)
-        moments = signals.map_moments("mix_slow_moment", mixed, updates, slow)
-        kept = storages.saved(mu_storage, slow, state.mu_slow, leaves)
-        return moments, MixSlowMomentState(optax.safe_increment(state.count), kept)
+        mu = map_moments("mix_slow_moment", lambda moments: moments.mu.value, updates)
+        slow, keep = slot.open(state.mu_slow, mu, state.step)
+        slow = map_moments("mix_slow_moment", slower, updates, slow)
+        moments = map_moments("mix_slow_moment", added, updates, slow)
+        return moments, MixSlowMomentState(increment(state.step), keep(slow))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -412,13 +420,13 @@ class MixSlowMomentState(NamedTuple):
     """The state of `mix_slow_moment`.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates.
-      mu_slow: the slow first moments, a tree shaped like the parameters, each as its storage keeps
-        it.
+      step: the number of steps taken, an int32 scalar that saturates.
+      mu_slow: the slow first moments, as their storage keeps them: a tree shaped like the
+        parameters, or a NamedTuple of such trees.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
-    mu_slow: optax.Updates
+    step: jax.Array
+    mu_slow: Any
 
 
 def cautious() -> optax.GradientTransformationExtraArgs:
@@ -442,60 +450,18 @@ def cautious() -> optax.GradientTransformationExtraArgs:
       >>> state = stages.init(jnp.zeros(2))
       >>> _, state = stages.update(jnp.array([4.0, 4.0]), state)
       >>> moments, _ = stages.update(jnp.array([2.0, -1.0]), state)
-      >>> print(moments.mu)
+      >>> print(moments.mu.value)
       [4. 0.]
 
     Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
     """
 
-    def leaf(moments: Moments) -> Moments:
-        mu = moments.mu
+    def agreeing(moments: Moments) -> Moments:
+        mu = moments.mu.value
         product = jnp.real(jnp.conj(mu) * moments.grad.astype(mu.dtype))
         agrees = (product > 0).astype(product.dtype)
         share = jnp.mean(agrees) if mu.size else 1.0
         scale = agrees / jnp.maximum(share, 1e-3)
-        return moments._replace(mu=mu * scale.astype(mu.dtype))
+        return moments._replace(mu=moments.mu.with_value(mu * scale.astype(mu.dtype)))
 
-    return stateless("cautious", leaf)
-
-
-def debiased_mu(moments: Moments) -> Moments:
-    """The first moment of one leaf over its weight."""
-    mu = moments.mu / signals.cast(moments.mu_weight, moments.mu.dtype)
-    return moments._replace(mu=mu, mu_weight=1.0, mu_next_weight=1.0)
-
-
-def debiased_nu(moments: Moments) -> Moments:
-    """The second moment of one leaf, where there is one, over its weight."""
-    if moments.nu is None:
-        return moments
-    nu = moments.nu / signals.cast(moments.nu_weight, moments.nu.dtype)
-    return moments._replace(nu=nu, nu_weight=1.0)
-
-
-def looked_ahead(moments: Moments) -> Moments:
-    """`nesterov` on one leaf."""
-    grad, mu, dtype = moments.grad, moments.mu, moments.mu.dtype
-    decay, weight = (signals.cast(x, dtype) for x in (moments.mu_decay, moments.mu_weight))
-    next_decay, next_weight = moments.mu_next_decay, moments.mu_next_weight
-    if next_decay is None:
-        next_decay = decay
-    if next_weight is None:
-        next_weight = 1 - next_decay * (1 - weight)
-    next_decay, next_weight = signals.cast(next_decay, dtype), signals.cast(next_weight, dtype)
-    ahead = next_decay * (mu / next_weight) + (1 - decay) * (grad.astype(mu.dtype) / weight)
-    return moments._replace(mu=ahead, mu_weight=1.0, mu_next_weight=1.0)
-
-
-def stateless(stage: str, leaf: Any) -> optax.GradientTransformationExtraArgs:
-    """A stage without state: `leaf` on every `Moments` of the tree."""
-
-    def init_fn(params):
-        del params
-        return optax.EmptyState()
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        return signals.map_moments(stage, signals.shared(leaf), updates), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return stateless("cautious", agreeing)

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import signals
-from adam_jax.correction import debiased_mu, debiased_nu, stateless
-from adam_jax.signals import Moments
+from adam_jax._numbers import Scalar, check_bool, check_hyperparameter, scalar
+from adam_jax.signal import Average, Moments, kept_nu, to_updates
 
 
 def normalize(
@@ -26,7 +25,7 @@ def normalize(
       eps_root: added under the root, likewise. Default 0.
 
     Returns:
-      A stateless gradient transformation from `Moments` to updates in the dtype of the gradient.
+      A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       ValueError: if `eps` or `eps_root` is negative, infinite, NaN or not a scalar.
@@ -41,9 +40,13 @@ def normalize(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1; without its bias correction.
     """
-    eps = signals.check_hyperparameter("eps", eps)
-    eps_root = signals.check_hyperparameter("eps_root", eps_root)
-    return stateless("normalize", lambda moments: normalized(moments, eps, eps_root))
+    eps = check_hyperparameter("eps", eps)
+    eps_root = check_hyperparameter("eps_root", eps_root)
+
+    def normalized(moments: Moments) -> jax.Array:
+        return quotient(moments.mu.value, kept_nu(moments).value, eps, eps_root)
+
+    return to_updates("normalize", normalized)
 
 
 def bias_correct(
@@ -67,12 +70,12 @@ def bias_correct(
       eps_hat: whether the epsilons are those of the uncorrected second moment. Default False.
 
     Returns:
-      A stateless gradient transformation from `Moments` to updates in the dtype of the gradient.
+      A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       ValueError: if `eps` or `eps_root` is negative, infinite, NaN or not a scalar.
-      TypeError: if they are not numbers, or are passed by position; in `update`, if it gets plain
-        updates.
+      TypeError: if they are not numbers, `eps_hat` is not a bool, or they are passed by position;
+        in `update`, if it gets plain updates.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -84,17 +87,24 @@ def bias_correct(
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1; `eps_hat` is the reordering at the
     end of its section 2.
     """
-    eps = signals.check_hyperparameter("eps", eps)
-    eps_root = signals.check_hyperparameter("eps_root", eps_root)
+    eps = check_hyperparameter("eps", eps)
+    eps_root = check_hyperparameter("eps_root", eps_root)
+    eps_hat = check_bool("eps_hat", eps_hat)
 
-    return stateless("bias_correct", lambda moments: corrected(moments, eps, eps_root, eps_hat))
+    def corrected(moments: Moments) -> jax.Array:
+        mu, nu = moments.mu, kept_nu(moments)
+        if not eps_hat:
+            return quotient(mu.debiased().value, nu.debiased().value, eps, eps_root)
+        return quotient(_rescaled(mu, nu), nu.value, eps, eps_root)
+
+    return to_updates("bias_correct", corrected)
 
 
 def rectify(
     *,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    threshold: signals.Scalar = 5.0,
+    threshold: Scalar = 5.0,
     eps_hat: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""RAdam: trust the division as far as the second moment has seen enough gradients.
@@ -106,7 +116,7 @@ def rectify(
       r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}
                       {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}
 
-    with the length :math:`\rho_t` that the signal carries as `nu_length`, and
+    with the length :math:`\rho_t` that the second moment carries, and
     :math:`\rho_\infty = 2 / (1 - b_2) - 1`. It works for any second moment and for moving rates:
     under a falling one :math:`\rho_\infty` is :math:`\rho_t` at least, so that :math:`r_t \le 1`.
 
@@ -118,7 +128,7 @@ def rectify(
         Default False.
 
     Returns:
-      A stateless gradient transformation from `Moments` to updates in the dtype of the gradient.
+      A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       ValueError: if `eps`, `eps_root` or `threshold` is out of its range or not a scalar.
@@ -134,29 +144,40 @@ def rectify(
     Source: Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond" (arXiv
     1908.03265), algorithm 2.
     """
-    eps = signals.check_hyperparameter("eps", eps)
-    eps_root = signals.check_hyperparameter("eps_root", eps_root)
-    threshold = signals.check_hyperparameter("threshold", threshold)
+    eps = check_hyperparameter("eps", eps)
+    eps_root = check_hyperparameter("eps_root", eps_root)
+    threshold = check_hyperparameter("threshold", threshold)
     if isinstance(threshold, float) and threshold < 4:
         raise ValueError(f"threshold must be at least 4, got {threshold!r}.")
 
-    def leaf(moments: Moments) -> jax.Array:
-        length, limit = moments.nu_length, 2.0 / (1.0 - moments.nu_decay) - 1.0
-        if isinstance(limit, float):
-            limit = max(limit, 5.0)  # a shorter one is never long enough, but must have a root
-        else:
-            # Under a falling rate the average is longer than its rate of today will leave it.
-            limit = jnp.maximum(jnp.maximum(limit, 5.0), signals.cast(length, limit.dtype))
-        long_enough = length >= signals.cast(threshold, jnp.result_type(float))
+    eps_hat = check_bool("eps_hat", eps_hat)
+
+    def rectified(moments: Moments) -> jax.Array:
+        mu, nu = moments.mu.debiased(), kept_nu(moments)
+        length, long_enough = nu.length, nu.length >= scalar(threshold, jnp.result_type(float))
+        limit = _limit(nu)
         # A length below 4 has no root: it must reach neither the value nor the derivative.
         safe = jnp.where(long_enough, length, 5.0)
         ratio = (safe - 4.0) * (safe - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * safe)
-        moments = debiased_mu(moments)
-        scaled = signals.cast(jnp.sqrt(ratio), moments.mu.dtype) * moments.mu
-        divided = corrected(moments._replace(mu=scaled), eps, eps_root, eps_hat)
-        return jnp.where(long_enough, divided, moments.mu.astype(moments.grad.dtype))
+        scaled = mu.with_value(scalar(jnp.sqrt(ratio), mu.value.dtype) * mu.value)
+        if eps_hat:
+            divided = quotient(_rescaled(scaled, nu), nu.value, eps, eps_root)
+        else:
+            divided = quotient(scaled.value, nu.debiased().value, eps, eps_root)
+        return jnp.where(long_enough, divided, mu.value)
 
-    return stateless("rectify", leaf)
+    return to_updates("rectify", rectified)
+
+
+def _limit(nu: Average) -> Scalar:
+    """The length that an average has in the end, at least 5: a shorter one has no root."""
+    if isinstance(nu.decay, float):
+        return max(2.0 / (1.0 - nu.decay) - 1.0, 5.0)
+    decay = jnp.asarray(nu.decay)
+    least = jnp.finfo(decay.dtype).epsneg  # a rate of exactly 1 has no limit
+    limit = 2.0 / jnp.maximum(1.0 - decay, least) - 1.0
+    # Under a falling rate the average is longer than its rate of today will leave it.
+    return jnp.maximum(jnp.maximum(limit, 5.0), scalar(nu.length, limit.dtype))
 
 
 def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransformationExtraArgs:
@@ -172,7 +193,7 @@ def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransfo
         :math:`4 / \pi`.
 
     Returns:
-      A stateless gradient transformation from `Moments` to updates in the dtype of the gradient.
+      A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       ValueError: if `scale` is negative, infinite, NaN or not a scalar.
@@ -188,11 +209,10 @@ def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransfo
     Source: Everett et al., "Scaling Exponents Across Parameterizations and Optimizers" (arXiv
     2407.05872), section 4.3.
     """
-    scale = signals.check_hyperparameter("scale", scale)
+    scale = check_hyperparameter("scale", scale)
 
-    def leaf(moments: Moments) -> jax.Array:
-        moments = debiased_nu(debiased_mu(moments))
-        mu, root = moments.mu, sqrt(signals.second_moment(moments))
+    def angle(moments: Moments) -> jax.Array:
+        mu, root = moments.mu.debiased().value, sqrt(kept_nu(moments).debiased().value)
         # atan2(0, 0) is 0 with an undefined derivative, atan2(0, 1) is 0 with a derivative.
         root = jnp.where((root == 0) & (mu == 0), 1, root)
         if jnp.iscomplexobj(mu):
@@ -200,10 +220,9 @@ def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransfo
         else:
             angle = jnp.arctan2(mu, root)
         # An infinite gradient has an angle, 0 times it has none: it shall not pass unseen.
-        angle = angle + 0 * mu
-        return (signals.cast(scale, mu.dtype) * angle).astype(moments.grad.dtype)
+        return scalar(scale, mu.dtype) * (angle + 0 * mu)
 
-    return stateless("atan2", leaf)
+    return to_updates("atan2", angle)
 
 
 def first_moment() -> optax.GradientTransformationExtraArgs:
@@ -212,7 +231,7 @@ def first_moment() -> optax.GradientTransformationExtraArgs:
     .. math:: u = m
 
     Returns:
-      A stateless gradient transformation from `Moments` to updates in the dtype of the gradient.
+      A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       TypeError: in `update`, if it gets plain updates instead of `Moments`.
@@ -226,36 +245,34 @@ def first_moment() -> optax.GradientTransformationExtraArgs:
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
     """
-    return stateless("first_moment", lambda moments: moments.mu.astype(moments.grad.dtype))
+    return to_updates("first_moment", lambda moments: moments.mu.value)
 
 
-def corrected(
-    moments: Moments, eps: jax.typing.ArrayLike, eps_root: jax.typing.ArrayLike, eps_hat: bool
+def _rescaled(mu: Average, nu: Average) -> jax.Array:
+    """The first moment corrected for both weights, the second being left as it is."""
+    return mu.value * scalar(jnp.sqrt(nu.weight) / mu.weight, mu.value.dtype)
+
+
+def quotient(
+    mu: jax.Array, nu: jax.Array, eps: jax.typing.ArrayLike, eps_root: jax.typing.ArrayLike
 ) -> jax.Array:
-    """`bias_correct` on one leaf."""
-    if not eps_hat:
-        return normalized(debiased_nu(debiased_mu(moments)), eps, eps_root)
-    scale = jnp.sqrt(moments.nu_weight) / moments.mu_weight
-    mu = moments.mu * signals.cast(scale, moments.mu.dtype)
-    return normalized(moments._replace(mu=mu), eps, eps_root)
-
-
-def normalized(
-    moments: Moments, eps: jax.typing.ArrayLike, eps_root: jax.typing.ArrayLike
-) -> jax.Array:
-    """`normalize` on one leaf.
+    """The first moment over the root of the second, and 0 where that is 0.
 
     A number known to be 0 is not added, and a divisor known not to be 0 is not guarded: XLA would
     find that out for every leaf, which a model of many leaves spends a fifth of its compilation on.
+    Without epsilons the guard is under the root, because XLA makes one operation of m / √v.
     """
-    mu, nu = moments.mu, signals.second_moment(moments)
-    dtype = nu.dtype
-    if not isinstance(eps_root, float) or eps_root > 0:
-        nu = nu + signals.cast(eps_root, dtype)
-    denominator = (sqrt(nu) + signals.cast(eps, dtype)).astype(mu.dtype)
-    positive = isinstance(eps, float) and eps >= jnp.finfo(dtype).tiny
-    direction = mu / denominator if positive else divide(mu, denominator)
-    return direction.astype(moments.grad.dtype)
+    zero, zero_root = (isinstance(e, float) and e == 0 for e in (eps, eps_root))
+    if not zero_root:
+        nu = nu + scalar(eps_root, nu.dtype)
+    elif zero:
+        nu = jax.lax.select(nu == 0, jax.lax.full_like(nu, jnp.inf), nu)
+    root = sqrt(nu)
+    if not zero:
+        root = root + scalar(eps, nu.dtype)
+    known = any(isinstance(e, float) and e >= jnp.finfo(nu.dtype).tiny for e in (eps, eps_root))
+    divide = jax.lax.div if known or (zero and zero_root) else safe_divide
+    return divide(mu, root.astype(mu.dtype))
 
 
 @jax.custom_jvp
@@ -267,10 +284,10 @@ def sqrt(x: jax.Array) -> jax.Array:
 @sqrt.defjvp
 def _sqrt_jvp(primals, tangents):
     root = sqrt(primals[0])
-    return root, divide(tangents[0], 2 * root)
+    return root, safe_divide(tangents[0], 2 * root)
 
 
-def divide(x: jax.Array, y: jax.Array) -> jax.Array:
+def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
     """The quotient, and 0 where the divisor is 0.
 
     One select on the divisor: it stops the derivative too, and leaves XLA the division to simplify

@@ -1,23 +1,25 @@
 """Stages on plain updates: the direction becomes a step downhill."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import signals
+from adam_jax._numbers import accumulator, check_hyperparameter, check_scalar, increment, scalar
+from adam_jax._tree import traced_once
+from adam_jax.signal import map_updates
 
 
 class ScaleByLrState(NamedTuple):
     """The state of `scale_by_lr`.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates. A constant learning rate
+      step: the number of steps taken, an int32 scalar that saturates. A constant learning rate
         counts too, so that a checkpoint fits when a schedule takes its place.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+    step: jax.Array
 
 
 def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -49,31 +51,26 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1, last line.
     """
-    learning_rate = signals.check_hyperparameter("learning_rate", learning_rate, schedule=True)
+    learning_rate = check_hyperparameter("learning_rate", learning_rate, schedule=True)
 
-    def init_fn(params: optax.Params) -> ScaleByLrState:
+    def init_fn(params):
         del params
-        return ScaleByLrState(count=jnp.zeros([], jnp.int32))
+        return ScaleByLrState(step=jnp.zeros([], jnp.int32))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ScaleByLrState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByLrState]:
+    def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         rate = learning_rate
         if callable(rate):
-            rate = signals.check_scalar("learning_rate", rate(state.count))
+            rate = check_scalar("learning_rate", rate(state.step))
 
-        @signals.shared
+        @traced_once
         def scaled(update, rate):
-            dtype = signals.accumulator(update.dtype)
-            step = -signals.cast(rate, dtype) * update.astype(dtype)
+            dtype = accumulator(update.dtype)
+            step = -scalar(rate, dtype) * update.astype(dtype)
             return step.astype(update.dtype)
 
-        updates = signals.map_updates("scale_by_lr", lambda u: scaled(u, rate), updates)
-        return updates, ScaleByLrState(count=optax.safe_increment(state.count))
+        updates = map_updates("scale_by_lr", lambda u: scaled(u, rate), updates)
+        return updates, ScaleByLrState(step=increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -82,10 +79,10 @@ class ClipByScheduleState(NamedTuple):
     """The state of `clip_by_schedule`.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates.
+      step: the number of steps taken, an int32 scalar that saturates.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+    step: jax.Array
 
 
 def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -120,19 +117,19 @@ def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtra
 
     def init_fn(params):
         del params
-        return ClipByScheduleState(count=jnp.zeros([], jnp.int32))
+        return ClipByScheduleState(step=jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        most = signals.check_scalar("limit", limit(state.count))
+        most = check_scalar("limit", limit(state.step))
 
-        def leaf(update):
+        def clipped(update):
             if jnp.iscomplexobj(update):
                 raise TypeError(f"clip_by_schedule takes real updates, got {update.dtype}.")
             bound = most.astype(update.dtype)
             return jnp.clip(update, -bound, bound)
 
-        clipped = signals.map_updates("clip_by_schedule", leaf, updates)
-        return clipped, ClipByScheduleState(count=optax.safe_increment(state.count))
+        updates = map_updates("clip_by_schedule", clipped, updates)
+        return updates, ClipByScheduleState(step=increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

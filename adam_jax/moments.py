@@ -7,9 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax import signals
-from adam_jax import storage as storages
-from adam_jax.signals import Last, Moments
+from adam_jax._numbers import (
+    Scalar,
+    accumulator,
+    check_hyperparameter,
+    check_scalar,
+    increment,
+    real,
+    scalar,
+    wider,
+)
+from adam_jax._slot import Slot
+from adam_jax._tree import at, check_params, traced_once
+from adam_jax.signal import Average, Moments, check_updates, kept_nu, map_values, mixed, sealed
 from adam_jax.storage import Storage
 
 SecondMoment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
@@ -37,7 +47,7 @@ def squared(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | fl
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1.
     """
     del mu
-    return (1 - decay) * jnp.real(jnp.conj(grad) * grad) + decay * nu
+    return mixed(nu, jnp.real(jnp.conj(grad) * grad), decay)
 
 
 def belief(
@@ -46,7 +56,7 @@ def belief(
     nu: jax.Array,
     decay: jax.Array | float,
     *,
-    eps_root: signals.Scalar = 0.0,
+    eps_root: Scalar = 0.0,
 ) -> jax.Array:
     r"""AdaBelief's second moment: how far the gradient is from what the first moment expects.
 
@@ -69,7 +79,7 @@ def belief(
 
     Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
     """
-    return squared(grad - mu, mu, nu, decay) + signals.cast(eps_root, nu.dtype)
+    return squared(grad - mu, mu, nu, decay) + scalar(eps_root, nu.dtype)
 
 
 def yogi(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float) -> jax.Array:
@@ -104,7 +114,7 @@ def infinity(
     nu: jax.Array,
     decay: jax.Array | float,
     *,
-    eps: signals.Scalar = 0.0,
+    eps: Scalar = 0.0,
 ) -> jax.Array:
     r"""Adamax's second moment, the square of the decaying maximum of the gradient.
 
@@ -130,7 +140,7 @@ def infinity(
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), section 7.1.
     """
     del mu
-    return jnp.maximum(decay**2 * nu, jnp.square(jnp.abs(grad) + signals.cast(eps, nu.dtype)))
+    return jnp.maximum(decay**2 * nu, jnp.square(jnp.abs(grad) + scalar(eps, nu.dtype)))
 
 
 def accumulated(
@@ -163,47 +173,96 @@ def accumulated(
 
 
 class Weight(NamedTuple):
-    r"""The weight :math:`1 - \prod b_s` that an average has gathered under a moving decay.
+    r"""The weight :math:`1 - \prod b_s` that an average has gathered, whatever its rates were.
 
     Attributes:
       value: the weight, a scalar in the default float dtype.
       error: what rounding left out of `value`. Adding 10⁵ small terms in float32 is off by 1e-3;
         with the rounding error carried along (Kahan's summation) it stays within 1e-6.
       age: the sum of weight times age over the gradients gathered.
+      decay: the rate of all steps so far, -1 once it has moved.
     """
 
     value: jax.Array
     error: jax.Array
     age: jax.Array
+    decay: jax.Array
 
-    def gather(self, decay: jax.typing.ArrayLike) -> "Weight":
-        """One step on: the weight is the moving average of the constant 1."""
+    @classmethod
+    def none(cls) -> "Weight":
+        """Nothing gathered yet."""
+        return cls(*(jnp.zeros([], float) for _ in cls._fields))
+
+    def gather(self, decay: Scalar, count: jax.Array) -> "Weight":
+        """One step on, the one after `count` steps: the moving average of the constant 1."""
         decay = jnp.asarray(decay).astype(self.value.dtype)
         missing = (1 - self.value) - self.error
         step = (1 - decay) * missing + self.error
         value = self.value + step
         error = step - (value - self.value)
-        return Weight(value, error, decay * (self.age + self.value))
+        age = decay * (self.age + self.value)
+        return Weight(value, error, age, jnp.where(self.steady(decay, count), decay, -1))
+
+    def steady(self, decay: Scalar, count: jax.Array) -> jax.Array:
+        """Whether all of `count` steps had this rate."""
+        return (count == 0) | (self.decay == decay)
+
+    @property
+    def length(self) -> jax.Array:
+        """The `Average.length` of what has been gathered."""
+        return 2 * self.age / self.positive + 1
+
+    @property
+    def positive(self) -> jax.Array:
+        """The weight to divide by: rates of exactly 1 have gathered none, and moments of 0."""
+        return jnp.maximum(self.value, jnp.finfo(self.value.dtype).tiny)
+
+    def average(self, name: str, decay: Any, count: jax.Array) -> tuple[Average, "Weight"]:
+        """An average of this step, but for its value, and the weight to keep.
+
+        As long as the rate is one number the weight is `1 - decay**t`, optax's arithmetic to the
+        letter, so that the results are bitwise its results.
+        """
+        step = increment(count)
+        now = check_scalar(name, decay(count)) if callable(decay) else decay
+        ahead = check_scalar(name, decay(step)) if callable(decay) else decay
+        weight = self.gather(now, count)
+        next_weight = weight.gather(ahead, step)
+        weights = [self.value, weight.positive, next_weight.positive]
+        length = weight.length
+        if isinstance(decay, float):
+            steady = self.steady(decay, count)
+            power = lambda t: jnp.asarray(decay, float) ** jnp.asarray(t, float)  # noqa: E731
+            times = count, step, increment(step)
+            weights = [
+                jnp.where(steady, 1 - power(t), w) for t, w in zip(times, weights, strict=True)
+            ]
+            closed = (
+                2 / (1 - decay) - 1 - 2 * jnp.asarray(step, float) * power(step) / (1 - power(step))
+            )
+            length = jnp.where(steady, closed, length)
+        before, w, after = weights
+        previous = Average(None, now, before, now, w, self.length)
+        return Average(None, now, w, ahead, after, length, previous), weight
 
 
 class ScaleByMomentsState(NamedTuple):
-    """The state of `scale_by_moments`.
+    """The state of `scale_by_moments`: the same for rates that are numbers, arrays or schedules.
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      mu: the first moments, a tree shaped like the parameters, each as its storage keeps it; None
-        if `b1` is None.
+      mu: the first moments, as their storage keeps them: a tree shaped like the parameters, or a
+        NamedTuple of such trees. None if `b1` is None.
       nu: the second moments, likewise, real; None if `b2` is None.
-      mu_weight: the weight gathered by `mu` where `b1` is an array or a schedule; None where it is
-        a number, because then the weight is `1 - b1**count`.
+      mu_weight: the weight that `mu` has gathered; None if `b1` is None.
       nu_weight: likewise for `nu` and `b2`.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
-    mu: optax.Updates | None
-    nu: optax.Updates | None
-    mu_weight: Weight | None
-    nu_weight: Weight | None
+    mu: Any
+    nu: Any
+    mu_weight: Any
+    nu_weight: Any
 
 
 def scale_by_moments(
@@ -213,11 +272,8 @@ def scale_by_moments(
     second_moment: SecondMoment | None = None,
     initial_mu: float = 0.0,
     initial_nu: float = 0.0,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
-    recompute: bool = False,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace every gradient by its first and second moment.
 
@@ -227,7 +283,9 @@ def scale_by_moments(
 
     Started at 0, after t steps they have gathered only the weight
     :math:`w_t = 1 - \prod_{s \le t} b_s`. The emitted `Moments` carry the rates and the weights
-    along, so a later stage can correct for them exactly, whatever schedule the rates follow.
+    along, so a later stage can correct for them exactly, whatever schedule the rates follow. A
+    running job may go on with another rate, or a schedule in the place of a number: the state is
+    the same.
 
     Args:
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array of at least float32,
@@ -240,18 +298,9 @@ def scale_by_moments(
         schedule.)
       initial_mu: the first moment before the first step. Default 0.
       initial_nu: the second moment before the first step, finite and at least 0. Default 0.
-      mu_dtype: the dtype to keep the first moment in between steps. None keeps the dtype of the
-        parameter, or float32 where that is smaller.
-      nu_dtype: the dtype to keep the second moment in, likewise; real for complex parameters too.
-      mu_storage: another way to keep the first moment, from `adam_jax.storage` or your own, instead
-        of `mu_dtype`. Default None.
-      nu_storage: another way to keep the second moment, likewise.
-      recompute: whether to compute the emitted moments apart from those that are kept; the two
-        differ in the last digit at most. A parameter then does not wait for its moments to be
-        written, and XLA's CPU backend (of jaxlib 0.10 or newer), if it is told to with
-        ``XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion``, makes one kernel
-        of a leaf, which moves 28 bytes a parameter instead of 40. Without that flag the CPU backend
-        copies the old moments first and is three times slower. Default False.
+      mu_storage: how to keep the first moment between steps: a dtype, one of `adam_jax.storage`, or
+        your own `Storage`. None keeps the dtype of the parameter, or float32 where that is smaller.
+      nu_storage: how to keep the second moment, likewise; real for complex parameters too.
 
     Returns:
       A gradient transformation from gradients to `Moments`, with a `ScaleByMomentsState`.
@@ -260,10 +309,11 @@ def scale_by_moments(
 
     Raises:
       ValueError: if a rate is outside [0, 1), not a scalar, or in less than float32; in `update`,
-        if a gradient does not match the parameter that `init` was given, naming the leaf.
+        if a gradient does not match the parameter that `init` was given, or the state was made with
+        another storage, naming the leaf.
       TypeError: if a rate is not a number, an array or a schedule, the rule not a function, or a
-        storage not a `Storage`; in `init`, if a parameter is neither floating point nor complex,
-        naming the leaf.
+        storage neither a `Storage` nor a dtype; in `init`, if a parameter is neither floating point
+        nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -281,94 +331,72 @@ def scale_by_moments(
     """
     if b1 is None and b2 is None:
         raise ValueError("b1 and b2 are both None: there is no moment left to keep.")
-    b1 = None if b1 is None else signals.check_hyperparameter("b1", b1, upper=1, schedule=True)
-    b2 = None if b2 is None else signals.check_hyperparameter("b2", b2, upper=1, schedule=True)
-    initial_nu = signals.check_hyperparameter("initial_nu", initial_nu)
-    mu_dtype = signals.check_dtype("mu_dtype", mu_dtype, jnp.inexact)
-    nu_dtype = signals.check_dtype("nu_dtype", nu_dtype, jnp.floating)
-    mu_storage = storages.chosen("mu", mu_storage, mu_dtype)
-    nu_storage = storages.chosen("nu", nu_storage, nu_dtype)
+    b1 = None if b1 is None else check_hyperparameter("b1", b1, upper=1, schedule=True)
+    b2 = None if b2 is None else check_hyperparameter("b2", b2, upper=1, schedule=True)
+    initial_nu = check_hyperparameter("initial_nu", initial_nu)
+    mu_slot = Slot.of("scale_by_moments", "mu", mu_storage)
+    nu_slot = Slot.of("scale_by_moments", "nu", nu_storage)
     rule = squared if second_moment is None else second_moment
     if not callable(rule):
         raise TypeError(
             f"second_moment must be a function (grad, mu, nu, decay) -> nu, got {rule!r}."
         )
+    seal = sealed(rounded=mu_slot.rounds or nu_slot.rounds)
 
-    def init_fn(params: optax.Params) -> ScaleByMomentsState:
-        signals.check_params("scale_by_moments", params, mu_dtype)
-        mu, nu = (storages.leaves(moment, params) for moment in ("mu", "nu"))
+    def init_fn(params):
+        check_params("scale_by_moments", params)
         return ScaleByMomentsState(
             count=jnp.zeros([], jnp.int32),
-            mu=None if b1 is None else storages.initial(mu_storage, params, mu, initial_mu),
-            nu=None if b2 is None else storages.initial(nu_storage, params, nu, initial_nu),
-            mu_weight=None if b1 is None or isinstance(b1, float) else no_weight(),
-            nu_weight=None if b2 is None or isinstance(b2, float) else no_weight(),
+            mu=None if b1 is None else mu_slot.initial(params, initial_mu),
+            nu=None if b2 is None else nu_slot.initial(params, initial_nu),
+            mu_weight=None if b1 is None else Weight.none(),
+            nu_weight=None if b2 is None else Weight.none(),
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: ScaleByMomentsState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScaleByMomentsState]:
+    def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        signals.check_plain("scale_by_moments", updates)
-        mu_leaves, nu_leaves = (storages.leaves(m, updates, state.count) for m in ("mu", "nu"))
-        last_mu = storages.loaded("scale_by_moments", mu_storage, state.mu, mu_leaves)
-        last_nu = storages.loaded("scale_by_moments", nu_storage, state.nu, nu_leaves)
-        mu_rates, mu_weight = _rates("b1", b1, state.count, state.mu_weight)
-        nu_rates, nu_weight = _rates("b2", b2, state.count, state.nu_weight)
+        check_updates("scale_by_moments", updates)
+        mu = nu = keep_mu = keep_nu = mu_weight = nu_weight = None
+        last_mu = last_nu = jax.tree.map(lambda _: None, updates)
+        if b1 is not None:
+            last_mu, keep_mu = mu_slot.open(state.mu, updates, state.count)
+            mu, mu_weight = state.mu_weight.average("b1", b1, state.count)
+        if b2 is not None:
+            last_nu, keep_nu = nu_slot.open(state.nu, updates, state.count)
+            nu, nu_weight = state.nu_weight.average("b2", b2, state.count)
 
-        @signals.shared
-        def averaged(grad, last_mu, last_nu, mu_decay, nu_decay):
-            mu, nu = grad, None
-            if last_mu is not None:
-                mu_decay = signals.cast(mu_decay, last_mu.dtype)
-                mu = (1 - mu_decay) * grad + mu_decay * last_mu
-            if last_nu is not None:
-                nu = rule(grad, mu, last_nu, signals.cast(nu_decay, last_nu.dtype))
+        @traced_once
+        def averaged(grad, last_mu, last_nu, b1, b2):
+            mu = grad if last_mu is None else mixed(last_mu, grad, b1)
+            nu = None if last_nu is None else rule(grad, mu, last_nu, scalar(b2, last_nu.dtype))
             return mu, nu
 
-        def leaf(grad, last_mu, last_nu):
+        def moments_of(path, grad, last_mu, last_nu):
             grad = jnp.asarray(grad)
-            dtype = signals.accumulator(grad.dtype)
-            for moment in (last_mu, last_nu):
-                dtype = dtype if moment is None else signals.wider(dtype, moment.dtype)
+            dtype = accumulator(grad.dtype)
+            for last in (last_mu, last_nu):
+                dtype = dtype if last is None else wider(dtype, last.dtype)
             last_mu = None if last_mu is None else last_mu.astype(dtype)
-            last_nu = None if last_nu is None else last_nu.astype(signals.real(dtype))
-            decays = mu_rates.decay, nu_rates.decay
-            mu, nu = averaged(grad.astype(dtype), last_mu, last_nu, *decays)
+            last_nu = None if last_nu is None else last_nu.astype(real(dtype))
+            rates = mu and mu.decay, nu and nu.decay
+            new_mu, new_nu = averaged(grad.astype(dtype), last_mu, last_nu, *rates)
+            if new_nu is not None and (new_nu.shape, new_nu.dtype) != (grad.shape, real(dtype)):
+                raise ValueError(
+                    f"second_moment must keep the shape and dtype of nu, {grad.shape} and "
+                    f"{real(dtype)}, but{at(path)} it returned {new_nu.shape} and {new_nu.dtype}."
+                )
             return Moments(
                 grad=grad,
-                mu=mu,
-                nu=nu,
-                mu_decay=mu_rates.decay,
-                nu_decay=nu_rates.decay,
-                mu_weight=mu_rates.weight,
-                nu_weight=nu_rates.weight,
-                mu_next_decay=mu_rates.next_decay,
-                mu_next_weight=mu_rates.next_weight,
-                nu_length=nu_rates.length,
-                last=Last(last_mu, last_nu, mu_rates.last_weight, nu_rates.last_weight),
+                mu=_filled(mu, new_mu, last_mu) if mu else Average(new_mu, 0.0, 1.0, 0.0, 1.0),
+                nu=_filled(nu, new_nu, last_nu) if nu else None,
+                seal=seal,
             )
 
-        absent = jax.tree.map(lambda _: None, updates)
-        inputs = (
-            updates,
-            absent if last_mu is None else last_mu,
-            absent if last_nu is None else last_nu,
-        )
-        moments = jax.tree.map(leaf, *inputs)
-        new_mu, new_nu = (signals.picked(moment, moments) for moment in ("mu", "nu"))
-        if recompute:
-            # XLA would merge what is computed twice if it knew that no count is negative.
-            same = signals.shared(lambda x, count: jnp.where(count >= 0, x, jnp.zeros_like(x)))
-            inputs = jax.tree.map(lambda x: same(x, state.count), inputs)
-            moments = jax.tree.map(leaf, *inputs)
+        moments = jax.tree_util.tree_map_with_path(moments_of, updates, last_mu, last_nu)
         return moments, ScaleByMomentsState(
-            count=optax.safe_increment(state.count),
-            mu=storages.saved(mu_storage, new_mu, state.mu, mu_leaves),
-            nu=storages.saved(nu_storage, new_nu, state.nu, nu_leaves),
+            count=increment(state.count),
+            mu=keep_mu and keep_mu(map_values(lambda m: m.mu.value, moments)),
+            nu=keep_nu and keep_nu(map_values(lambda m: kept_nu(m).value, moments)),
             mu_weight=mu_weight,
             nu_weight=nu_weight,
         )
@@ -376,48 +404,6 @@ def scale_by_moments(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Rates(NamedTuple):
-    """What the signal tells about one moment: scalars, those not known None."""
-
-    decay: Any
-    weight: Any
-    last_weight: Any
-    length: Any
-    next_decay: Any = None
-    next_weight: Any = None
-
-
-def no_weight() -> Weight:
-    """Nothing gathered yet."""
-    return Weight(*(jnp.zeros([], float) for _ in Weight._fields))
-
-
-def _rates(
-    name: str, decay: Any, count: jax.Array, kept: Weight | None
-) -> tuple[_Rates, Weight | None]:
-    """The rate and the weight at this step, at the last and the next, and the weight to keep."""
-    if decay is None:
-        return _Rates(0.0, 1.0, 1.0, 1.0, 0.0, 1.0), None
-    step = optax.safe_increment(count)
-    if isinstance(decay, float) != (kept is None):
-        kinds = ["a number", "an array or a schedule"]
-        before, today = kinds if kept is None else reversed(kinds)
-        raise ValueError(
-            f"{name} was {before} when this state was made and is {today} now: the weight gathered "
-            f"so far is unknown. Make the state anew with init()."
-        )
-    if kept is None:
-        # optax's arithmetic to the letter, so that the results are bitwise its results.
-        power = lambda t: jnp.asarray(decay, float) ** t.astype(float)  # noqa: E731
-        last, now, ahead = (1 - power(t) for t in (count, step, optax.safe_increment(step)))
-        length = 2 / (1 - decay) - 1 - 2 * step.astype(float) * power(step) / (1 - power(step))
-        return _Rates(decay, now, last, length, decay, ahead), None
-    if callable(decay):
-        now, ahead = (signals.check_scalar(name, decay(t)) for t in (count, step))
-    else:
-        now, ahead = decay, None
-    weight = kept.gather(now)
-    rates = _Rates(now, weight.value, kept.value, 2 * weight.age / weight.value + 1)
-    if ahead is not None:
-        rates = rates._replace(next_decay=ahead, next_weight=weight.gather(ahead).value)
-    return rates, weight
+def _filled(average: Average, value: Any, last: Any) -> Average:
+    """An average of scalars with the values of a leaf, of this step and the last."""
+    return average._replace(value=value, previous=average.previous.with_value(last))

@@ -1,20 +1,12 @@
 """Whole optimizers: one short chain of stages each.
 
-Where optax has the name, its arguments come first and its defaults hold. What the parts can do,
-every member can: after the `*` come the same few options, and they mean the same everywhere.
-
-    eps_root      added under the root, a number or a 0-d array
-    eps_hat       whether the epsilons are those of the uncorrected second moment (Keras)
-    nesterov      whether to look one step ahead with the first moment
-    mu_dtype      the dtype to keep the first moment in; None: the parameter's, at least float32
-    nu_dtype      the dtype to keep the second moment in; None: likewise
-    mu_storage    another way to keep the first moment, from `adam_jax.storage`, instead of mu_dtype
-    nu_storage    another way to keep the second moment, likewise
-    weight_decay  decoupled decay, multiplied with the learning rate; None: no such stage
-    mask          which leaves decay: a tree of booleans, or a function from the parameters to one
+Each function returns its chain, an `optax.GradientTransformationExtraArgs`. Where optax has the
+name, its arguments come first and its defaults hold. After the `*` come the same few options, which
+mean the same everywhere; `adam` documents them.
 
 Every hyperparameter is checked when the optimizer is built: a ValueError says which is out of its
-range, a TypeError which is of the wrong kind. With weight decay, `update` needs the parameters.
+range, a TypeError which is of the wrong kind. In `update` a gradient that does not match its
+parameter is a ValueError. With weight decay, `update` needs the parameters.
 """
 
 import math
@@ -27,67 +19,18 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import correction, direction
+from adam_jax._numbers import Scalar, accumulator, check_bool, check_dtype, check_hyperparameter
+from adam_jax._tree import check_match
 from adam_jax.correction import debias, running_max
 from adam_jax.direction import bias_correct, first_moment, normalize, rectify
 from adam_jax.learning_rate import clip_by_schedule, scale_by_lr
 from adam_jax.moments import accumulated, belief, infinity, scale_by_moments
 from adam_jax.moments import yogi as yogi_rule
-from adam_jax.signals import Scalar, accumulator, check_hyperparameter
+from adam_jax.signal import check_updates
 from adam_jax.storage import Storage
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 Mask = Any | Callable[[optax.Params], Any] | None
-
-
-def _kept(
-    mu_dtype: Any | None,
-    nu_dtype: Any | None,
-    mu_storage: Storage | None,
-    nu_storage: Storage | None,
-) -> dict[str, Any]:
-    """How the moments are kept between two steps."""
-    return {
-        "mu_dtype": mu_dtype,
-        "nu_dtype": nu_dtype,
-        "mu_storage": mu_storage,
-        "nu_storage": nu_storage,
-    }
-
-
-def _look_ahead(nesterov: bool) -> list[Optimizer]:
-    return [correction.nesterov()] if nesterov else []
-
-
-def _step(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule | None,
-    mask: Mask,
-) -> list[Optimizer]:
-    """The end of every chain: decay, where it is asked for, and the step."""
-    if weight_decay is None:
-        if mask is not None:
-            raise ValueError("mask says which leaves decay, but weight_decay is None.")
-        return [scale_by_lr(learning_rate)]
-    check_hyperparameter("weight_decay", weight_decay, schedule=True)
-    decay = optax.add_decayed_weights(weight_decay, mask)
-    return [_in_float32(decay), scale_by_lr(learning_rate)]
-
-
-def _in_float32(tx: optax.GradientTransformation) -> Optimizer:
-    """A transformation of optax in at least float32, in and out in the dtype of its updates."""
-
-    def wide(tree):
-        return jax.tree.map(lambda x: jnp.asarray(x).astype(accumulator(jnp.result_type(x))), tree)
-
-    def init_fn(params):
-        return tx.init(wide(params))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        new, state = tx.update(wide(updates), state, None if params is None else wide(params))
-        return jax.tree.map(lambda n, u: n.astype(jnp.result_type(u)), new, updates), state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def sgd(
@@ -107,10 +50,7 @@ def sgd(
       momentum: the rate :math:`\mu`; None for plain descent.
       nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t`.
       accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -123,21 +63,10 @@ def sgd(
     Source: Robbins and Monro, "A Stochastic Approximation Method" (1951).
     """
     return optax.chain(
-        *_trace(momentum, nesterov, accumulator_dtype),
-        *_step(learning_rate, weight_decay, mask),
+        _momentum(momentum, nesterov, accumulator_dtype),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
-
-
-def _trace(
-    momentum: Scalar | None, nesterov: bool, accumulator_dtype: Any | None = None
-) -> list[Optimizer]:
-    """A decaying sum of updates, where it is asked for."""
-    if momentum is None:
-        if nesterov:
-            raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
-        return []
-    momentum = check_hyperparameter("momentum", momentum, upper=1)
-    return [_in_float32(optax.trace(momentum, nesterov, accumulator_dtype))]
 
 
 def momentum(
@@ -155,10 +84,7 @@ def momentum(
     Args:
       momentum: the rate :math:`\mu`.
       accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -170,12 +96,14 @@ def momentum(
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
     """
-    return sgd(
-        learning_rate, momentum, False, accumulator_dtype, weight_decay=weight_decay, mask=mask
+    return optax.chain(
+        _momentum(momentum, False, accumulator_dtype),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
-def nesterov(
+def nesterov_momentum(
     learning_rate: optax.ScalarOrSchedule,
     momentum: Scalar = 0.9,
     *,
@@ -183,21 +111,18 @@ def nesterov(
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
-    r"""Nesterov's accelerated gradient, in `adam_jax.optimizers`: `adam_jax.nesterov` is the stage.
+    r"""Nesterov's accelerated gradient: the heavy ball that looks one step ahead.
 
     .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t (g_t + \mu a_t)
 
     Args:
       momentum: the rate :math:`\mu`.
       accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.optimizers.nesterov(0.1)
+      >>> tx = adam_jax.nesterov_momentum(0.1)
       >>> params = jnp.ones(1)
       >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
       >>> print(updates)
@@ -205,8 +130,10 @@ def nesterov(
 
     Source: Sutskever et al., "On the importance of initialization and momentum" (ICML 2013).
     """
-    return sgd(
-        learning_rate, momentum, True, accumulator_dtype, weight_decay=weight_decay, mask=mask
+    return optax.chain(
+        _momentum(momentum, True, accumulator_dtype),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -216,8 +143,7 @@ def adagrad(
     eps: Scalar = 1e-7,
     *,
     eps_in_sqrt: bool = True,
-    nu_dtype: Any | None = None,
-    nu_storage: Storage | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -229,10 +155,7 @@ def adagrad(
       initial_accumulator_value: the sum before the first step, finite and at least 0.
       eps: added to the sum, or to its root: a number or a 0-d array.
       eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch).
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -250,11 +173,11 @@ def adagrad(
             0.0,
             second_moment=accumulated,
             initial_nu=initial_accumulator_value,
-            nu_dtype=nu_dtype,
             nu_storage=nu_storage,
         ),
         normalize(**_placed(eps, eps_in_sqrt)),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -269,10 +192,7 @@ def rmsprop(
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -286,16 +206,16 @@ def rmsprop(
       eps: added to the second moment, or to its root: a number or a 0-d array.
       initial_scale: the second moment before the first step, finite and at least 0.
       eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch).
-      centered: whether to divide by the standard deviation instead.
+      centered: whether to divide by the standard deviation instead. It needs `nu_storage=None`: the
+        variance is the small difference of two moments, so what rounding leaves of them is noise.
       momentum: the rate of a decaying sum of the steps; None for none.
       nesterov: whether that sum looks one step ahead.
       bias_correction: whether to debias the moments.
-      weight_decay: as in `adamw`, but with momentum the decay is part of what is summed.
-      mu_dtype: the dtype to keep the mean in, if `centered`; None: at least float32.
-      The other arguments are those of `adamw`.
+      weight_decay: as in `adam`, but with momentum the decay is part of what is summed.
+      The other arguments are those of `adam`.
 
-    Returns:
-      The chain of stages, a gradient transformation.
+    Raises:
+      ValueError: if `centered` and `nu_storage` are both given; otherwise as `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -307,25 +227,22 @@ def rmsprop(
 
     Source: Hinton, "Neural Networks for Machine Learning" (2012), lecture 6e.
     """
+    if centered and nu_storage is not None:
+        raise ValueError(
+            "centered=True subtracts the squared mean from the second moment, and a stored moment "
+            "is rounded by more than is left: keep it in full, leave nu_storage None."
+        )
     return optax.chain(
         scale_by_moments(
-            decay if centered else None,
-            decay,
-            initial_nu=initial_scale,
-            **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage),
+            decay if centered else None, decay, initial_nu=initial_scale, nu_storage=nu_storage
         ),
-        *([debias()] if bias_correction else []),
-        *([correction.center()] if centered else []),
+        *_when("bias_correction", bias_correction, debias()),
+        *_when("centered", centered, correction.center()),
         normalize(**_placed(eps, eps_in_sqrt)),
-        *_step(learning_rate, weight_decay, mask),
-        *_trace(momentum, nesterov),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
+        _momentum(momentum, nesterov),
     )
-
-
-def _placed(eps: Scalar, in_sqrt: bool) -> dict[str, Scalar]:
-    """The one epsilon of an optimizer, under the root or beside it."""
-    check_hyperparameter("eps", eps)
-    return {"eps": 0.0, "eps_root": eps} if in_sqrt else {"eps": eps}
 
 
 def adam(
@@ -338,9 +255,8 @@ def adam(
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -355,10 +271,31 @@ def adam(
     A drop-in for `optax.adam`: bit for bit the same under jit in float32 and float64.
 
     Args:
-      The arguments are those of `adamw`.
+      learning_rate: the step size :math:`\alpha`, finite and at least 0: a number, a 0-d array or a
+        schedule from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, likewise. Default 0.999.
+      eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, likewise. Default 0.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment, likewise.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
 
-    Returns:
-      The chain of stages, a gradient transformation.
+    Raises:
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
+        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
+        or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -376,10 +313,11 @@ def adam(
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -395,9 +333,8 @@ def adamw(
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
 
@@ -406,25 +343,8 @@ def adamw(
     with Adam's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
-      learning_rate: the step size :math:`\alpha`: a number, a 0-d array or a schedule.
-      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
-      b2: the decay rate of the second moment, likewise.
-      eps: added to the root, a number or a 0-d array.
-      eps_root: added under the root, a number or a 0-d array.
-      mu_dtype: the dtype to keep the first moment in; None: at least float32.
-      weight_decay: the rate :math:`\lambda`, multiplied with the learning rate as in PyTorch: a
-        number, a 0-d array or a schedule.
-      mask: a tree of booleans (or a prefix of one), or a function from the parameters to it: which
-        leaves decay. None, all of them.
-      nesterov: whether to look one step ahead with the first moment.
-      eps_hat: whether the epsilons are those of the uncorrected second moment.
-      nu_dtype: the dtype to keep the second moment in; None: at least float32.
-      mu_storage: another way to keep the first moment, from `adam_jax.storage` or your own, instead
-        of `mu_dtype`.
-      nu_storage: another way to keep the second moment, likewise.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      weight_decay: the rate :math:`\lambda`. Default 1e-4.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -439,10 +359,11 @@ def adamw(
     Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101).
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -457,9 +378,8 @@ def nadam(
     nesterov: bool = True,
     momentum_decay: Scalar | None = None,
     eps_hat: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -471,10 +391,7 @@ def nadam(
       nesterov: False gives plain Adam, as in optax.
       momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
         the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -487,21 +404,12 @@ def nadam(
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_dozat(b1, momentum_decay, nesterov),
+        scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov(_dozat(b1, momentum_decay, nesterov))),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
-
-
-def _dozat(b1: Any, momentum_decay: Scalar | None, nesterov: bool) -> list[Optimizer]:
-    """The look-ahead, with the momentum schedule of Dozat's section 2.2 where one is asked for."""
-    if momentum_decay is None:
-        return _look_ahead(nesterov)
-    decay = check_hyperparameter("momentum_decay", momentum_decay)
-    if callable(b1) or not nesterov:
-        raise ValueError("momentum_decay needs nesterov=True and a b1 that is no schedule.")
-    return [correction.nesterov(lambda t: b1 * (1 - 0.5 * 0.96 ** (decay * (t.astype(float) + 1))))]
 
 
 def nadamw(
@@ -517,9 +425,8 @@ def nadamw(
     nesterov: bool = True,
     momentum_decay: Scalar | None = None,
     eps_hat: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""AdamW with Nesterov's momentum.
 
@@ -531,10 +438,7 @@ def nadamw(
       nesterov: False gives plain Adam, as in optax.
       momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
         the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -547,10 +451,11 @@ def nadamw(
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_dozat(b1, momentum_decay, nesterov),
+        scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov(_dozat(b1, momentum_decay, nesterov))),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -567,9 +472,8 @@ def amsgrad(
     max_before_correction: bool = False,
     eps_hat: bool = False,
     nesterov: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -582,10 +486,7 @@ def amsgrad(
       bias_correction_nu: whether to debias the second moment; False in the paper.
       max_before_correction: whether to take the maximum of the raw moments and correct that
         (PyTorch, Keras) or of the corrected ones (optax).
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -597,6 +498,10 @@ def amsgrad(
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
+    check_bool("bias_correction_mu", bias_correction_mu)
+    check_bool("bias_correction_nu", bias_correction_nu)
+    check_bool("max_before_correction", max_before_correction)
+    check_bool("eps_hat", eps_hat)
     if eps_hat and not max_before_correction:
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
@@ -604,18 +509,15 @@ def amsgrad(
     if ((eps_hat or nesterov) and not bias_correction_mu) or (eps_hat and not bias_correction_nu):
         raise ValueError("eps_hat and nesterov imply the bias correction: leave it on.")
     correct = debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat)
-    order = (
-        [running_max(nu_storage=nu_storage), correct]
-        if max_before_correction
-        else [correct, running_max(nu_storage=nu_storage)]
-    )
+    largest = running_max(nu_storage=nu_storage)
     divide = partial(bias_correct, eps_hat=True) if eps_hat else normalize
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
-        *order,
+        scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
+        *([largest, correct] if max_before_correction else [correct, largest]),
         divide(eps=eps, eps_root=eps_root),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -629,10 +531,8 @@ def radam(
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -642,10 +542,7 @@ def radam(
 
     Args:
       threshold: the length of the average from which on to divide, at least 4.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -658,10 +555,11 @@ def radam(
     Source: Liu et al., "On the Variance of the Adaptive Learning Rate" (arXiv 1908.03265).
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         rectify(eps=eps, eps_root=eps_root, threshold=threshold, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -674,10 +572,8 @@ def adabelief(
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -687,10 +583,7 @@ def adabelief(
 
     Args:
       eps_root: added to the second moment that is kept, at every step.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -705,12 +598,11 @@ def adabelief(
     check_hyperparameter("eps_root", eps_root)
     rule = partial(belief, eps_root=eps_root)
     return optax.chain(
-        scale_by_moments(
-            b1, b2, second_moment=rule, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)
-        ),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, second_moment=rule, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         bias_correct(eps=eps, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -721,10 +613,8 @@ def adamax(
     eps: Scalar = 1e-8,
     *,
     nesterov: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -734,10 +624,7 @@ def adamax(
 
     Args:
       eps: added to the magnitude of the gradient: a number or a 0-d array.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -752,13 +639,12 @@ def adamax(
     check_hyperparameter("eps", eps)
     rule = partial(infinity, eps=eps)
     return optax.chain(
-        scale_by_moments(
-            b1, b2, second_moment=rule, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)
-        ),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, second_moment=rule, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         debias(nu=False),
         normalize(eps=0.0),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -771,10 +657,8 @@ def adamaxw(
     mask: Mask = None,
     *,
     nesterov: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""Adamax with decoupled weight decay.
 
@@ -784,10 +668,7 @@ def adamaxw(
 
     Args:
       eps: added to the magnitude of the gradient: a number or a 0-d array.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -799,18 +680,15 @@ def adamaxw(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
     """
-    return adamax(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        nesterov=nesterov,
-        mu_dtype=mu_dtype,
-        mu_storage=mu_storage,
-        nu_dtype=nu_dtype,
-        nu_storage=nu_storage,
-        weight_decay=weight_decay,
-        mask=mask,
+    check_hyperparameter("eps", eps)
+    rule = partial(infinity, eps=eps)
+    return optax.chain(
+        scale_by_moments(b1, b2, second_moment=rule, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
+        debias(nu=False),
+        normalize(eps=0.0),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -823,10 +701,8 @@ def yogi(
     eps_root: Scalar = 0.0,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -835,10 +711,7 @@ def yogi(
     .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
 
     Args:
-      The arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -857,11 +730,13 @@ def yogi(
             second_moment=yogi_rule,
             initial_mu=1e-6,
             initial_nu=1e-6,
-            **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage),
+            mu_storage=mu_storage,
+            nu_storage=nu_storage,
         ),
-        *_look_ahead(nesterov),
+        *_when("nesterov", nesterov, correction.nesterov()),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -876,20 +751,15 @@ def lamb(
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
 
     .. math:: u_t = -\alpha_t \frac{\|\theta\|}{\|d_t + \lambda \theta\|} (d_t + \lambda \theta)
 
     Args:
-      The arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -901,14 +771,13 @@ def lamb(
 
     Source: You et al., "Large Batch Optimization for Deep Learning" (arXiv 1904.00962).
     """
-    *decay, step = _step(learning_rate, weight_decay, mask)
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *decay,
+        *_decay_weights(weight_decay, mask),
         _in_float32(optax.scale_by_trust_ratio()),
-        step,
+        scale_by_lr(learning_rate),
     )
 
 
@@ -919,10 +788,8 @@ def adam_atan2(
     scale: Scalar = 4 / math.pi,
     *,
     nesterov: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -932,10 +799,7 @@ def adam_atan2(
 
     Args:
       scale: the factor :math:`a`, a number or a 0-d array; :math:`4 / \pi` makes the first step 1.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -948,10 +812,11 @@ def adam_atan2(
     Source: Everett et al., "Scaling Exponents Across Parameterizations" (arXiv 2407.05872).
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         direction.atan2(scale=scale),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -963,10 +828,8 @@ def laprop(
     eps_root: Scalar = 0.0,
     *,
     eps_hat: bool = False,
-    mu_dtype: Any | None = None,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -976,10 +839,7 @@ def laprop(
               \qquad u_t = -\alpha_t \hat m_t
 
     Args:
-      The arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -992,12 +852,13 @@ def laprop(
     Source: Ziyin, Wang and Ueda, "LaProp" (arXiv 2002.04839), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(None, b2, nu_dtype=nu_dtype, nu_storage=nu_storage),
+        scale_by_moments(None, b2, nu_storage=nu_storage),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        scale_by_moments(b1, None, mu_dtype=mu_dtype, mu_storage=mu_storage),
+        scale_by_moments(b1, None, mu_storage=mu_storage),
         debias(),
         first_moment(),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -1009,9 +870,8 @@ def adopt(
     mu_dtype: Any | None = None,
     *,
     use_clipping: bool = True,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
     weight_decay: optax.ScalarOrSchedule | None = None,
     mask: Mask = None,
 ) -> Optimizer:
@@ -1025,10 +885,7 @@ def adopt(
     Args:
       eps: the least divisor, a number or a 0-d array.
       use_clipping: whether to clip at :math:`t^{1/4}`.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -1042,27 +899,18 @@ def adopt(
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
     """
+    limit = lambda t: jnp.asarray(t, float) ** 0.25  # noqa: E731
     return optax.chain(
-        scale_by_moments(None, _from_first_gradient(b2), nu_dtype=nu_dtype, nu_storage=nu_storage),
+        scale_by_moments(None, _from_first_gradient(b2), nu_storage=nu_storage),
         correction.delay(),
         correction.floor(eps=eps),
         normalize(eps=0.0),
-        *([clip_by_schedule(lambda t: t.astype(float) ** 0.25)] if use_clipping else []),
-        scale_by_moments(b1, None, mu_dtype=mu_dtype, mu_storage=mu_storage),
+        *_when("use_clipping", use_clipping, clip_by_schedule(limit)),
+        scale_by_moments(b1, None, mu_storage=_either(mu_dtype, mu_storage)),
         first_moment(),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
-
-
-def _from_first_gradient(b2: Any) -> optax.Schedule:
-    """The rate of an average that starts with the first gradient, not with 0."""
-    b2 = check_hyperparameter("b2", b2, upper=1, schedule=True)
-
-    def schedule(count: jax.Array) -> jax.Array:
-        rate = jnp.asarray(b2(count) if callable(b2) else b2, float)
-        return jnp.where(count > 0, rate, 0.0)
-
-    return schedule
 
 
 def ademamix(
@@ -1078,9 +926,8 @@ def ademamix(
     mask: Mask = None,
     *,
     nesterov: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""AdEMAMix: Adam with a second, slower first moment mixed in.
 
@@ -1089,10 +936,7 @@ def ademamix(
     Args:
       b3: the decay rate of the slow moment :math:`s`, in [0, 1), likewise.
       alpha: the share of the slow moment, likewise.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -1105,12 +949,13 @@ def ademamix(
     Source: Pagliardini et al., "The AdEMAMix Optimizer" (arXiv 2409.03137), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         debias(),
-        correction.mix_slow_moment(b3, alpha, mu_dtype=mu_dtype, mu_storage=mu_storage),
+        correction.mix_slow_moment(b3, alpha, mu_storage=_either(mu_dtype, mu_storage)),
         normalize(eps=eps, eps_root=eps_root),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -1122,7 +967,7 @@ def lion(
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Mask = None,
     *,
-    mu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
 
@@ -1134,10 +979,7 @@ def lion(
     Args:
       b1: the rate of the average that is stepped with, in [0, 1): a number or a 0-d array.
       b2: the rate of the average that is kept, likewise, or a schedule.
-      The other arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The other arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -1150,11 +992,12 @@ def lion(
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675).
     """
     return optax.chain(
-        scale_by_moments(b2, None, mu_dtype=mu_dtype, mu_storage=mu_storage),
+        scale_by_moments(b2, None, mu_storage=_either(mu_dtype, mu_storage)),
         correction.interpolate(b1),
         first_moment(),
         optax.scale_by_sign(),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
 
 
@@ -1164,15 +1007,13 @@ def cautious_adamw(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: Scalar = 1e-8,
     eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Mask = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    nu_dtype: Any | None = None,
-    mu_storage: Storage | None = None,
-    nu_storage: Storage | None = None,
+    mu_storage: Storage | Any | None = None,
+    nu_storage: Storage | Any | None = None,
 ) -> Optimizer:
     r"""AdamW that moves only where its direction agrees with the gradient of this step.
 
@@ -1180,10 +1021,7 @@ def cautious_adamw(
               \qquad \phi_t = [d_t \cdot g_t > 0]
 
     Args:
-      The arguments are those of `adamw`.
-
-    Returns:
-      The chain of stages, a gradient transformation.
+      The arguments are those of `adam`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -1196,9 +1034,129 @@ def cautious_adamw(
     Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
     """
     return optax.chain(
-        scale_by_moments(b1, b2, **_kept(mu_dtype, nu_dtype, mu_storage, nu_storage)),
-        *_look_ahead(nesterov),
+        scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
+        *_when("nesterov", nesterov, correction.nesterov()),
         correction.cautious(),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_step(learning_rate, weight_decay, mask),
+        *_decay_weights(weight_decay, mask),
+        scale_by_lr(learning_rate),
     )
+
+
+# --- What the chains share ------------------------------------------------------------------------
+
+
+def _when(name: str, wanted: bool, stage: Optimizer) -> list[Optimizer]:
+    """The stage, if the flag of this name asks for it."""
+    check_bool(name, wanted)
+    return [stage] if wanted else []
+
+
+def _decay_weights(weight_decay: optax.ScalarOrSchedule | None, mask: Mask) -> list[Optimizer]:
+    """Decoupled weight decay, if there is a rate."""
+    if weight_decay is None:
+        if mask is not None:
+            raise ValueError("mask says which leaves decay, but weight_decay is None.")
+        return []
+    check_hyperparameter("weight_decay", weight_decay, schedule=True)
+    return [_masked(_in_float32(optax.add_decayed_weights(weight_decay)), mask)]
+
+
+def _masked(tx: Optimizer, mask: Mask) -> Optimizer:
+    """`optax.masked`, but in `update` too a mask function sees the parameters, not the updates."""
+    if mask is None:
+        return tx
+    if not (callable(mask) and jax.tree_util.all_leaves([mask])):  # a module may be a callable tree
+        return optax.masked(tx, mask)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        if params is None:
+            raise ValueError("Weight decay needs the parameters: pass params to update().")
+        return optax.masked(tx, mask(params)).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(optax.masked(tx, mask).init, update_fn)
+
+
+def _momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any | None = None) -> Optimizer:
+    """The decaying sum of what comes in; without a momentum what comes in itself."""
+    check_bool("nesterov", nesterov)
+    tx = optax.identity()
+    if momentum is not None:
+        momentum = check_hyperparameter("momentum", momentum, upper=1)
+        if accumulator_dtype is not None:
+            check_dtype("accumulator_dtype", accumulator_dtype, jnp.inexact)
+        tx = _in_float32(optax.trace(momentum, nesterov, accumulator_dtype))
+    elif nesterov:
+        raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
+
+    def init_fn(params):
+        state = tx.init(params)
+        return jax.tree.map(_wide, state) if accumulator_dtype is None else state
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        check_updates("sgd", updates)
+        trainable = jax.tree.map(lambda p: p if _is_inexact(p) else None, params)
+        kept = trainable if momentum is None else state.trace
+        if kept is not None:
+            check_match("sgd", kept, updates)
+        return tx.update(updates, state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> Optimizer:
+    """A transformation of optax in at least float32, whose results have the dtypes that came in."""
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del extra_args
+        results = tx.update(*jax.tree.map(_wide, (updates, state, params)))
+        like = lambda new, old: new.astype(jnp.result_type(old))  # noqa: E731
+        return jax.tree.map(like, results, (updates, state))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _wide(x: Any) -> Any:
+    if not _is_inexact(x):
+        return x
+    return jnp.asarray(x).astype(accumulator(jnp.result_type(x)))
+
+
+def _is_inexact(x: Any) -> bool:
+    return jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.inexact)
+
+
+def _placed(eps: Scalar, in_sqrt: bool) -> dict[str, Scalar]:
+    """The one epsilon of an optimizer, under the root or beside it."""
+    check_hyperparameter("eps", eps)
+    check_bool("eps_in_sqrt", in_sqrt)
+    return {"eps": 0.0, "eps_root": eps} if in_sqrt else {"eps": eps}
+
+
+def _either(mu_dtype: Any | None, mu_storage: Storage | Any | None) -> Storage | Any | None:
+    """How to keep the first moment: optax's `mu_dtype` is a dtype for `mu_storage`."""
+    if mu_dtype is not None and mu_storage is not None:
+        raise ValueError("mu_dtype and mu_storage both say how to keep the first moment: give one.")
+    return mu_storage if mu_dtype is None else mu_dtype
+
+
+def _dozat(b1: Any, momentum_decay: Scalar | None, nesterov: bool) -> optax.Schedule | None:
+    """The momentum schedule of Dozat's section 2.2, if one is asked for."""
+    if momentum_decay is None:
+        return None
+    decay = check_hyperparameter("momentum_decay", momentum_decay)
+    if callable(b1) or not nesterov:
+        raise ValueError("momentum_decay needs nesterov=True and a b1 that is no schedule.")
+    return lambda t: b1 * (1 - 0.5 * 0.96 ** (decay * (jnp.asarray(t, float) + 1)))
+
+
+def _from_first_gradient(b2: Any) -> optax.Schedule:
+    """The rate of an average that starts with the first gradient, not with 0."""
+    b2 = check_hyperparameter("b2", b2, upper=1, schedule=True)
+
+    def schedule(count: Any) -> jax.Array:
+        rate = jnp.asarray(b2(count) if callable(b2) else b2, float)
+        return jnp.where(count > 0, rate, 0.0)
+
+    return schedule

@@ -4,6 +4,19 @@ With bfloat16 parameters an update of 1e-3 at a weight of 1 is lost: the next nu
 These stages compute the new parameter in float32, round it themselves to some :math:`q`, and emit
 :math:`q - p` in float32. That difference is exact, so plain `optax.apply_updates` lands on
 :math:`q`. Parameters of at least 32 bits pass through untouched.
+
+The update is in float32 because in bfloat16 the difference is not always exact (from 1 to -0.001,
+say). So two things that expect it in the parameters' dtype need care:
+
+- Wrappers that choose between an update and none (`optax.apply_if_finite`,
+  `optax.conditionally_transform`) go around the optimizer, before the rounding:
+  ``optax.chain(optax.apply_if_finite(adam_jax.adamw(1e-3), 3), adam_jax.compensate())``.
+- `equinox.apply_updates` adds without casting back and would leave float32 weights. Apply the
+  updates to the arrays with `optax.apply_updates`::
+
+      arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+      updates, state = tx.update(grads, state, arrays)
+      model = eqx.combine(optax.apply_updates(arrays, updates), rest)
 """
 
 from typing import Any, Literal, NamedTuple
@@ -13,21 +26,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax import signals, storage
+from adam_jax._bits import check_seed, random_bits, rounded_at_random
+from adam_jax._numbers import increment
+from adam_jax._tree import at, check_match
+from adam_jax.signal import check_updates, map_updates
 
 
 class RoundStochasticallyState(NamedTuple):
     """The state of `round_stochastically`.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates.
+      step: the number of steps taken, an int32 scalar that saturates.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+    step: jax.Array
 
 
 def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    r"""Round the new parameter up or down at random, so that it is right on the mean.
+    r"""Round the new parameter up or down at random, so that it is unbiased.
 
     .. math:: q = \lfloor p + u \rfloor \text{ or } \lceil p + u \rceil, \qquad E[q] = p + u
 
@@ -42,8 +58,10 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
       end of a chain; `update` needs `params`.
 
     Raises:
-      TypeError: if `seed` is not an integer; in `update`, if it gets `Moments`.
-      ValueError: in `update`, without `params`.
+      TypeError: if `seed` is not an integer; in `init`, if a parameter has fewer than 16 bits; in
+        `update`, if it gets `Moments`.
+      ValueError: in `update`, without `params`, or if an update has another shape than its
+        parameter, naming the leaf.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -56,25 +74,27 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     Source: Ozkara, Yu and Park, "Stochastic Rounding for LLM Training" (arXiv 2502.20566).
     """
-    storage.check_seed(seed)
+    seed = check_seed(seed)
 
     def init_fn(params):
-        del params
-        return RoundStochasticallyState(count=jnp.zeros([], jnp.int32))
+        _check_params("round_stochastically", params)
+        return RoundStochasticallyState(step=jnp.zeros([], jnp.int32))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        leaves = storage.leaves("param", _required(params), state.count)
+        _check_updates("round_stochastically", updates, params)
+        leaves, structure = jax.tree.flatten(params)
+        indices = jax.tree.unflatten(structure, range(len(leaves)))
 
-        def leaf(update, param, at):
+        def rounded(update, param, index):
             if not _is_low(param):
                 return update
             exact = _wide(param) + _wide(update)
-            bits = storage.random_bits(seed, at)
-            return _landing(param, storage.rounded_at_random(exact, param.dtype, bits))
+            bits = random_bits(seed, "param", index, state.step, exact)
+            return _landing(param, rounded_at_random(exact, param.dtype, bits))
 
-        rounded = signals.map_updates("round_stochastically", leaf, updates, params, leaves)
-        return rounded, RoundStochasticallyState(count=optax.safe_increment(state.count))
+        updates = map_updates("round_stochastically", rounded, updates, params, indices)
+        return updates, RoundStochasticallyState(step=increment(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -107,8 +127,10 @@ def compensate(
       chain; `update` needs `params`.
 
     Raises:
-      ValueError: if `residual` is neither of the two; in `update`, without `params`.
-      TypeError: in `update`, if it gets `Moments`.
+      ValueError: if `residual` is neither of the two; in `update`, without `params`, or if an
+        update has another shape than its parameter, naming the leaf.
+      TypeError: in `init`, if a parameter has fewer than 16 bits; in `update`, if it gets
+        `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -128,6 +150,7 @@ def compensate(
         raise ValueError(f'residual must be "bfloat16" or "int8", got {residual!r}.')
 
     def init_fn(params):
+        _check_params("compensate", params)
         kept = lambda p: jnp.zeros_like(p, dtype=residual) if _is_low(p) else None  # noqa: E731
         return CompensateState(jax.tree.map(kept, params))
 
@@ -160,9 +183,10 @@ def compensate(
             new = whole.astype(param.dtype)
             return save(_finite(whole - _wide(new)), new)
 
-        trees = (updates, _required(params), state.residual)
-        rounded = signals.map_updates("compensate", landing, *trees)
-        return rounded, CompensateState(signals.map_updates("compensate", left, *trees))
+        _check_updates("compensate", updates, params)
+        trees = updates, params, state.residual
+        rounded = map_updates("compensate", landing, *trees)
+        return rounded, CompensateState(map_updates("compensate", left, *trees))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -202,7 +226,18 @@ def _landing(param: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(new == param, -0.0, _wide(new) - _wide(param))
 
 
-def _required(params: optax.Params | None) -> optax.Params:
+def _check_params(stage: str, params: optax.Params) -> None:
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        if _is_low(param) and jnp.finfo(jnp.result_type(param)).bits < 16:
+            raise TypeError(
+                f"{stage} rounds bfloat16 and float16 parameters, but the one{at(path)} is "
+                f"{jnp.result_type(param)}: keep it in bfloat16 and cast it where it is used, or "
+                f"leave it out with optax.masked or optax.partition."
+            )
+
+
+def _check_updates(stage: str, updates: optax.Updates, params: optax.Params | None) -> None:
+    check_updates(stage, updates)
     if params is None:
-        raise ValueError("Rounding needs the parameters: pass params to update().")
-    return params
+        raise ValueError(f"{stage} needs the parameters: pass params to update().")
+    check_match(stage, params, updates)

@@ -1,0 +1,69 @@
+"""Random bits, and rounding by hand: up to the next number of a dtype, or up or down at random."""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_seed(seed: Any) -> int:
+    """A seed is an integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+    return int(seed)
+
+
+def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -> jax.Array:
+    """32 random bits for every element of `like`, laid out on the devices as `like` is.
+
+    They are a hash of the seed, the name of what is rounded, the leaf's index in its tree, the step
+    and the element's position. Each element makes its own, so a sharded leaf gets the bits of a
+    whole one. (jax.random has that too, for the price of the whole step fifteen times over:
+    threefry is made to withstand attacks.)
+    """
+    key = jnp.uint32(0)
+    for part in (seed, zlib.crc32(name.encode()), index, count):
+        part = np.uint32(part % 2**32) if isinstance(part, int) else part.astype(jnp.uint32)
+        key = _hash(key + part + jnp.uint32(0x9E3779B9))  # 0 is hashed to 0, so not from there
+    # The zeros are where `like` is: a sum of iotas alone would be made on every device in full.
+    position = jnp.zeros_like(like, jnp.uint32) + key
+    for axis, length in enumerate(like.shape):
+        stride = jnp.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
+        along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * stride
+        position = position + along.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
+    return _hash(position)
+
+
+def _hash(x: jax.Array) -> jax.Array:
+    """A permutation of the 32-bit numbers in which every bit of the result depends on all of x.
+
+    The constants are Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+    """Random numbers in [0, 1) of random bits: all multiples of 2**-24."""
+    return (bits >> 8).astype(jnp.float32) * 2.0**-24
+
+
+def rounded_at_random(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
+    """One of the two numbers of the dtype around the float32 `x`, so that the mean is `x`.
+
+    A carry out of the bits that are dropped leads to the next larger magnitude, and random bits
+    added to them carry as often as they should.
+    """
+    info = jnp.finfo(dtype)
+    dropped = np.uint32(2 ** (23 - info.nmant) - 1)
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((raw + (bits & dropped)) & ~dropped, jnp.float32)
+    if info.nexp < 8:  # below its normal numbers the dtype is evenly spaced, float32 is not
+        step = float(info.smallest_subnormal)
+        even = jnp.floor(x / step + uniform(bits)) * step
+        rounded = jnp.where(jnp.abs(x) < float(info.smallest_normal), even, rounded)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)

@@ -1,0 +1,112 @@
+"""Blocks along an axis of a leaf: the largest number of each, their means, one spread back.
+
+On a mesh with explicit axes JAX refuses to cut a sharded axis into blocks that do not lie within
+the shards, and on one with automatic axes XLA would gather the leaf for it. So the axis is cut
+twice, first into short pieces that lie within the shards of most leaves, and only what is left of
+those is gathered where the blocks do not fit.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PIECE = 8  # the rows of a TPU's tile
+
+
+def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """The largest magnitude of every block, in bfloat16, rounded up; not a number if one is not.
+
+    XLA's CPU backend leaves a maximum of floats to a library, and for that writes the floats to
+    memory: a moment in float32, which a storage is there to avoid. Of integers it compiles the
+    maximum into the kernel that makes them, and as integers magnitudes have the same order.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    bits = jnp.minimum(bits, np.int32(0x7FC00000))  # one NaN, so that rounding up cannot pass it
+    rounded_up = lambda bits: ((bits + np.int32(0xFFFF)) >> 16).astype(jnp.int16)  # noqa: E731
+    if x.shape[axis] <= block:
+        bits = rounded_up(jnp.max(bits, axis, keepdims=True))
+    elif block % PIECE or x.shape[axis] % PIECE:
+        bits = jnp.max(split(rounded_up(bits), axis, block), axis + 1)
+    else:
+        bits = rounded_up(jnp.max(split(bits, axis, PIECE), axis + 1))
+        bits = jnp.max(split(bits, axis, block // PIECE), axis + 1)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def spread(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
+    """One number of every block for each of its elements."""
+    if x.shape[axis] == 1:
+        return x
+    lengths = list(x.shape)
+    lengths.insert(axis + 1, block)
+    repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), lengths)
+    whole = joined(repeated, axis)
+    return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
+
+
+def mean(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """The mean of every block, which must divide the axis.
+
+    Of complex numbers XLA's CPU backend compiles short sums into the kernel that makes them (see
+    `largest`), so there the longest part of a sum is one of those.
+    """
+    if block == 1:
+        return x
+    if block < x.shape[axis]:
+        x = split(x, axis, block)
+        return jnp.squeeze(mean(x, axis + 1, block), axis + 1)
+    few = max(n for n in range(1, 33) if block % n == 0)
+
+    def in_kernel(x):
+        pieces = x.reshape(*x.shape[:axis], few, block // few, *x.shape[axis + 1 :])
+        sums = jnp.sum(jax.lax.complex(pieces, jnp.zeros_like(pieces)), axis).real
+        return jnp.sum(sums, axis, keepdims=True) / block
+
+    plain = lambda x: jnp.mean(x, axis, keepdims=True)  # noqa: E731
+    if few % _shards(x, axis):
+        return plain(x)
+    return jax.lax.platform_dependent(x, cpu=in_kernel, default=plain)
+
+
+def split(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """An axis as two: which block, and where in it. The last block is filled up with zeros."""
+    length = x.shape[axis]
+    if length % block:
+        x = _whole(x, axis)
+        padding = [(0, -length % block if a == axis else 0) for a in range(x.ndim)]
+        x = jnp.pad(x, padding)
+    elif (length // block) % _shards(x, axis):
+        x = _whole(x, axis)
+    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+
+
+def joined(x: jax.Array, axis: int) -> jax.Array:
+    """What `split` has split, with what it filled up."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _shards(x: jax.Array, axis: int) -> int:
+    """In how many parts an axis lies on a mesh with explicit axes."""
+    sharding = _explicit(x)
+    if sharding is None:
+        return 1
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return int(np.prod([sharding.mesh.shape[name] for name in names if name is not None]))
+
+
+def _whole(x: jax.Array, axis: int) -> jax.Array:
+    """The same array with one axis in one part, on a mesh with explicit axes."""
+    if _shards(x, axis) == 1:
+        return x
+    sharding = _explicit(x)
+    names = [None if a == axis else name for a, name in enumerate(sharding.spec)]
+    spec = jax.sharding.PartitionSpec(*names)
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def _explicit(x: jax.Array) -> Any:
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding
