@@ -4,6 +4,7 @@ problem of Reddi, Kale and Kumar on which Adam goes the wrong way and AMSGrad do
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,13 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from PIL import Image
 from tqdm import tqdm
 
 import adam_jax
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import LogNorm
 
 
 class Surface(NamedTuple):
@@ -50,6 +51,16 @@ OPTIMIZERS = {
     "Adam": adam_jax.adam,
     "AMSGrad": adam_jax.amsgrad,
 }
+# One colour for one optimizer in every picture (Okabe and Ito's, told apart by the colour-blind).
+COLORS = {
+    "SGD": "black",
+    "Momentum": "#e69f00",
+    "Nesterov": "#009e73",
+    "AdaGrad": "#cc79a7",
+    "RMSProp": "#56b4e9",
+    "Adam": "#d55e00",
+    "AMSGrad": "#0072b2",
+}
 SURFACES = [
     Surface("Rosenbrock's valley", rosenbrock, (-1.2, 1.0), (1.0, 1.0), (-1.6, 1.4, -0.4, 1.6)),
     Surface("Beale's plateau", beale, (1.0, 1.0), (3.0, 0.5), (-0.5, 4, -1.2, 1.6)),
@@ -57,6 +68,7 @@ SURFACES = [
 # Each optimizer gets the best of these learning rates for the surface, the start and the length.
 RATES = [a * 10.0**k for k in range(-5, 1) for a in (1, 2, 5)]
 STEPS = 1000
+LOWEST = 1e-15  # where the pictures of the loss end; in float32 a loss can be 0
 
 
 def descend(tx: optax.GradientTransformation, loss, start, steps: int = STEPS):
@@ -83,34 +95,55 @@ def best_descent(factory, surface: Surface):
     return RATES[best], np.asarray(points[best]), np.asarray(losses[best])
 
 
+def save(figure, path: Path) -> None:
+    """As a PNG of 64 colours, a third of the bytes."""
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    picture.quantize(64, kmeans=1).save(path, optimize=True)
+    plt.close(figure)
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """The heights, moved up where needed so that each is at least `gap` above the one below."""
+    moved = list(heights)
+    order = sorted(range(len(moved)), key=moved.__getitem__)
+    for below, above in pairwise(order):
+        moved[above] = max(moved[above], moved[below] + gap)
+    return moved
+
+
 def draw_surfaces(path: Path) -> None:
-    figure, axes = plt.subplots(2, 2, figsize=(12, 10), layout="constrained")
-    for (left, right), surface in zip(axes, SURFACES, strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    for (above, below), surface in zip(axes.T, SURFACES, strict=True):
         x_from, x_to, y_from, y_to = surface.view
         grid = np.meshgrid(np.linspace(x_from, x_to, 300), np.linspace(y_from, y_to, 300))
         heights = np.asarray(surface.loss(grid))
-        levels = np.logspace(-2, 3.5, 30)
-        left.contourf(
-            *grid, heights, levels, norm=LogNorm(), cmap="Greys", alpha=0.6, extend="both"
-        )
+        above.contour(*grid, heights, np.logspace(-2, 3.5, 12), colors="0.8", linewidths=0.8)
         print(f"{surface.name}, {STEPS} steps from {surface.start}")
+        labels, ends = [], []
         for name, factory in tqdm(OPTIMIZERS.items(), surface.name, leave=False):
             rate, points, losses = best_descent(factory, surface)
-            label = f"{name}, {rate:g}"
-            (line,) = left.plot(*points.T, linewidth=1.5, label=label)
-            left.plot(*points[-1], "o", markersize=5, color=line.get_color())
-            right.plot(losses, linewidth=1.5, label=label)
+            above.plot(*points.T, color=COLORS[name], linewidth=1.2)
+            above.plot(*points[-1], "o", markersize=5, color=COLORS[name])
+            lowest = np.minimum.accumulate(losses)
+            below.plot(lowest, color=COLORS[name], linewidth=1.5)
+            labels.append((f"{name}, {rate:g}", COLORS[name]))
+            ends.append(np.log10(max(lowest[-1], LOWEST)))
             tqdm.write(f"  {name:<9} rate {rate:<7g} loss {losses[-1]:.2e}")
-        left.plot(*surface.start, "ks", markersize=6)
-        left.plot(*surface.minimum, "r*", markersize=14)
-        left.set(
-            title=surface.name, xlim=(x_from, x_to), ylim=(y_from, y_to), xlabel="x", ylabel="y"
-        )
-        right.set(title="Loss", yscale="log", xlabel="step", ylim=(1e-12, None))
-        right.grid(alpha=0.3)
-        right.legend(title="optimizer, learning rate")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        above.plot(*surface.start, "ks", markersize=6)
+        above.plot(*surface.minimum, "k*", markersize=12)
+        above.set(title=surface.name, xlim=(x_from, x_to), ylim=(y_from, y_to))
+        below.set(
+            title="Lowest loss so far",
+            yscale="log", xlabel="step", xlim=(0, STEPS), ylim=(LOWEST, 1e2),
+        )  # fmt: skip
+        below.grid(alpha=0.3)
+        for (label, color), end in zip(labels, spread(ends, gap=1.1), strict=True):
+            below.annotate(
+                label, (STEPS, 10**end), (4, 0), textcoords="offset points",
+                color=color, fontsize=9, va="center", annotation_clip=False,
+            )  # fmt: skip
+    save(figure, path)
 
 
 # --- Adam's counterexample ------------------------------------------------------------------------
@@ -141,22 +174,22 @@ def draw_counterexample(path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     steps = np.unique(np.geomspace(1, HORIZON, 2000).astype(int)) - 1
     print(f"Reddi's problem, {HORIZON} steps; the minimum is at -1")
-    for name, factory, color in (
-        ("Adam", adam_jax.adam, "tab:red"),
-        ("AMSGrad", adam_jax.amsgrad, "tab:blue"),
-    ):
-        xs = counterexample(factory(decreasing, b1=0.9, b2=0.99))
-        axes.plot(steps + 1, xs[steps], color=color, label=f"{name}, ends at {xs[-1]:+.2f}")
+    for name in ("Adam", "AMSGrad"):
+        xs = counterexample(OPTIMIZERS[name](decreasing, b1=0.9, b2=0.99))
+        axes.plot(steps + 1, xs[steps], color=COLORS[name])
+        axes.annotate(
+            f"{name}, ends at {xs[-1]:+.2f}", (HORIZON, xs[-1]), (0, -14 if xs[-1] > 0 else 14),
+            textcoords="offset points", color=COLORS[name], ha="right", va="center",
+        )  # fmt: skip
         print(f"  {name:<9} ends at {xs[-1]:+.3f}")
-    axes.axhline(-1, color="black", linestyle="--", linewidth=1, label="the minimum")
+    axes.axhline(-1, color="black", linestyle="--", linewidth=1)
+    axes.text(1, -1.05, "the minimum", va="center")
     axes.set(
         title="A rare large gradient: Adam forgets it, AMSGrad does not",
         xlabel="step", ylabel="x", xscale="log", ylim=(-1.1, 1.1),
     )  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:

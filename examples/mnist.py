@@ -218,7 +218,7 @@ def train(data: Data, loss_fn, epochs: int) -> dict[str, Run]:
 def draw(runs: dict[str, Run], loss_name: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     styles = {
-        "adam_jax": {"color": "tab:blue", "linewidth": 5, "alpha": 0.45},
+        "adam_jax": {"color": "#d55e00", "linewidth": 5, "alpha": 0.45},
         "optax": {"color": "black", "linewidth": 1, "linestyle": "--"},
     }
     for name, run in runs.items():
@@ -242,7 +242,7 @@ def draw(runs: dict[str, Run], loss_name: str, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
