@@ -45,7 +45,7 @@ def beale(p):
 OPTIMIZERS = {
     "SGD": adam_jax.sgd,
     "Momentum": adam_jax.momentum,
-    "Nesterov": adam_jax.optimizers.nesterov,
+    "Nesterov": adam_jax.nesterov_momentum,
     "AdaGrad": adam_jax.adagrad,
     "RMSProp": adam_jax.rmsprop,
     "Adam": adam_jax.adam,

@@ -75,9 +75,9 @@ WORK: dict[str, Callable[[], list[tuple[int, ...]]]] = {
 # --- Sides ----------------------------------------------------------------------------------------
 
 
-def three_stages(recompute: bool = False) -> optax.GradientTransformation:
+def three_stages(wrap=lambda stage: stage) -> optax.GradientTransformation:
     return optax.chain(
-        adam_jax.scale_by_moments(recompute=recompute),
+        wrap(adam_jax.scale_by_moments()),
         adam_jax.bias_correct(),
         adam_jax.scale_by_lr(1e-3),
     )
@@ -94,7 +94,7 @@ JAX_SIDES = {
     "optax.adamw": lambda: optax.adamw(1e-3),
     "adamw": lambda: adam_jax.adamw(1e-3),
     "8-bit adam": eight_bit,
-    "recompute": lambda: three_stages(recompute=True),
+    "recompute": lambda: three_stages(adam_jax.recompute),
 }
 TORCH_SIDES = {
     "torch fused": {"fused": True},
