@@ -24,6 +24,14 @@ def test_the_measures_without_noise(monkeypatch):
         assert rows[name].largest == pytest.approx(1, abs=1e-4)
 
 
+def test_what_is_kept_of_the_steps(monkeypatch):
+    """The mean of norm and cosine over the last tenth, the largest step of all."""
+    of_steps = np.arange(20.0), np.arange(20.0) / 20, np.array([1.0] * 9 + [7.0] + [2.0] * 10)
+    monkeypatch.setattr(noise, "figures", lambda *arguments: of_steps)
+    row = noise.measured(steps=20, seed=0)[0]
+    assert row[3:] == pytest.approx((18.5, 0.925, 7))
+
+
 def test_heavy_noise_is_of_three_degrees():
     """Of Student's t with 3 degrees, 5 % lies beyond 3.182 and 1 % beyond 5.841."""
     draws = jax.vmap(noise.heavy)(jax.random.split(jax.random.key(0), 16))
