@@ -108,7 +108,7 @@ def nesterov(
 
     def init_fn(params):
         del params
-        return NesterovState(jnp.zeros([], jnp.int32), Weight.none())
+        return NesterovState(jnp.zeros([], jnp.int32), Weight.none(momentum))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args

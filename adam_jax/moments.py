@@ -180,70 +180,71 @@ class Weight(NamedTuple):
       error: what rounding left out of `value`. Adding 10⁵ small terms in float32 is off by 1e-3;
         with the rounding error carried along (Kahan's summation) it stays within 1e-6.
       age: the sum of weight times age over the gradients gathered.
-      decay: the rate of all steps so far, -1 once it has moved.
+      decay: the rate of the last step, or of the first before it; negative once it has moved.
+      ahead: the weight after the next step, if that has the same rate.
     """
 
     value: jax.Array
     error: jax.Array
     age: jax.Array
     decay: jax.Array
+    ahead: jax.Array
 
     @classmethod
-    def none(cls) -> "Weight":
+    def none(cls, decay: Any) -> "Weight":
         """Nothing gathered yet."""
-        return cls(*(jnp.zeros([], float) for _ in cls._fields))
+        value, error, age = (jnp.zeros([], float) for _ in range(3))  # each may be donated
+        decay = jnp.asarray(decay if isinstance(decay, float) else 0.0, float)
+        return cls(value, error, age, decay, 1 - decay)
 
-    def gather(self, decay: Scalar, count: jax.Array) -> "Weight":
-        """One step on, the one after `count` steps: the moving average of the constant 1."""
+    def gather(self, decay: Scalar) -> "Weight":
+        """One step on: the moving average of the constant 1."""
         decay = jnp.asarray(decay).astype(self.value.dtype)
         missing = (1 - self.value) - self.error
         step = (1 - decay) * missing + self.error
         value = self.value + step
         error = step - (value - self.value)
-        age = decay * (self.age + self.value)
-        return Weight(value, error, age, jnp.where(self.steady(decay, count), decay, -1))
-
-    def steady(self, decay: Scalar, count: jax.Array) -> jax.Array:
-        """Whether all of `count` steps had this rate."""
-        return (count == 0) | (self.decay == decay)
-
-    @property
-    def length(self) -> jax.Array:
-        """The `Average.length` of what has been gathered."""
-        return 2 * self.age / self.positive + 1
+        return self._replace(value=value, error=error, age=decay * (self.age + self.value))
 
     @property
     def positive(self) -> jax.Array:
         """The weight to divide by: rates of exactly 1 have gathered none, and moments of 0."""
         return jnp.maximum(self.value, jnp.finfo(self.value.dtype).tiny)
 
+    @property
+    def length(self) -> jax.Array:
+        """The `Average.length` of what has been gathered."""
+        return 2 * self.age / self.positive + 1
+
     def average(self, name: str, decay: Any, count: jax.Array) -> tuple[Average, "Weight"]:
         """An average of this step, but for its value, and the weight to keep.
 
         As long as the rate is one number the weight is `1 - decay**t`, optax's arithmetic to the
-        letter, so that the results are bitwise its results.
+        letter, so that the results are bitwise its results. It is computed a step ahead, so that
+        the kernels of the leaves only read it.
         """
         step = increment(count)
         now = check_scalar(name, decay(count)) if callable(decay) else decay
-        ahead = check_scalar(name, decay(step)) if callable(decay) else decay
-        weight = self.gather(now, count)
-        next_weight = weight.gather(ahead, step)
-        weights = [self.value, weight.positive, next_weight.positive]
-        length = weight.length
+        next_decay = check_scalar(name, decay(step)) if callable(decay) else decay
+        rate = jnp.asarray(now).astype(self.value.dtype)
+        steady = (count == 0) | (self.decay == rate)
+        kept = self.gather(rate)
+        weights = [self.value, kept.positive, kept.gather(next_decay).positive]
+        length, ahead = kept.length, kept.gather(rate).value
         if isinstance(decay, float):
-            steady = self.steady(decay, count)
-            power = lambda t: jnp.asarray(decay, float) ** jnp.asarray(t, float)  # noqa: E731
-            times = count, step, increment(step)
+            before, t, after = (jnp.asarray(i, float) for i in (count, step, increment(step)))
+            power = lambda t: rate**t  # noqa: E731
+            moved = rate - jnp.abs(self.decay)  # since the last step: 0, most of the time
             weights = [
-                jnp.where(steady, 1 - power(t), w) for t, w in zip(times, weights, strict=True)
+                jnp.where(steady, 1 - power(before), self.value),
+                self.ahead - moved * (1 - self.value),
+                jnp.where(steady, 1 - power(after), weights[2]),
             ]
-            closed = (
-                2 / (1 - decay) - 1 - 2 * jnp.asarray(step, float) * power(step) / (1 - power(step))
-            )
-            length = jnp.where(steady, closed, length)
-        before, w, after = weights
-        previous = Average(None, now, before, now, w, self.length)
-        return Average(None, now, w, ahead, after, length, previous), weight
+            closed = 2 / (1 - decay) - 1 - 2 * t * power(t) / (1 - power(t))
+            length, ahead = jnp.where(steady, closed, length), weights[2]
+        previous = Average(None, now, weights[0], now, weights[1], self.length)
+        average = Average(None, now, weights[1], next_decay, weights[2], length, previous)
+        return average, kept._replace(decay=jnp.where(steady, rate, -rate), ahead=ahead)
 
 
 class ScaleByMomentsState(NamedTuple):
@@ -349,8 +350,8 @@ def scale_by_moments(
             count=jnp.zeros([], jnp.int32),
             mu=None if b1 is None else mu_slot.initial(params, initial_mu),
             nu=None if b2 is None else nu_slot.initial(params, initial_nu),
-            mu_weight=None if b1 is None else Weight.none(),
-            nu_weight=None if b2 is None else Weight.none(),
+            mu_weight=None if b1 is None else Weight.none(b1),
+            nu_weight=None if b2 is None else Weight.none(b2),
         )
 
     def update_fn(updates, state, params=None, **extra_args):

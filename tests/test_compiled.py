@@ -17,39 +17,45 @@ from jax import export
 from support import assert_close, random_params
 
 import adam_jax
-from adam_jax import signals
+from adam_jax._tree import traced_once
 
 SHAPES = {"kernel": (256, 300), "bias": (300,), "head": (300, 10)}
 PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
 LARGEST = 256 * 300 * 4  # bytes
 SCHEDULE = optax.cosine_decay_schedule(1e-3, 100)
 
-# What scale_by_lr's count costs next to optax's constant rate, which has none: one scalar kernel,
-# of eight instructions, which reads and writes 4 bytes, each counted inside the kernel and outside.
-COUNT_KERNELS, COUNT_INSTRUCTIONS, COUNT_BYTES = 1, 8, 16
+# What a step costs besides optax's, however many leaves there are: the state keeps for each average
+# what it has gathered (5 scalars), so that a rate may become a schedule in the middle of a job, and
+# a constant learning rate counts. Each scalar is a small kernel of XLA's CPU backend.
+SCALARS = {"kernels": 20, "bytes": 340, "instructions": 146}
 
-# Kernels that a step has for its scalars (counts, weights), however many leaves there are.
-SCALAR_KERNELS = 7
+# And for every leaf: the correction reads three scalars of each average instead of the count.
+EACH_LEAF = {"kernels": 0, "bytes": 20, "instructions": 14}
+
+# Kernels that a step has for its scalars in all.
+SCALAR_KERNELS = 27
 
 
-def compiled_step(tx, donate=True):
+def compiled_step(tx, donate=True, params=PARAMS):
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     donated = (0, 1) if donate else ()
-    state = jax.eval_shape(tx.init, PARAMS)
+    state = jax.eval_shape(tx.init, params)
     with jax.numpy_dtype_promotion("standard"):
-        return jax.jit(step, donate_argnums=donated).lower(PARAMS, state, PARAMS).compile()
+        return jax.jit(step, donate_argnums=donated).lower(params, state, params).compile()
 
 
-def bytes_accessed(compiled):
-    return compiled.cost_analysis()["bytes accessed"]
-
-
-def instructions(compiled):
-    """All of them, within kernels too: what XLA's own time grows with."""
-    return len(re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE))
+def costs(tx, donate=True, params=PARAMS):
+    """Kernels, bytes moved, and instructions within kernels too: XLA's own time grows with those."""
+    compiled = compiled_step(tx, donate, params)
+    instructions = re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)
+    return {
+        "kernels": benchmark.kernels(compiled),
+        "bytes": compiled.cost_analysis()["bytes accessed"],
+        "instructions": len(instructions),
+    }
 
 
 PAIRS = {
@@ -62,25 +68,28 @@ each_donation = pytest.mark.parametrize("donate", [True, False], ids=["donated",
 
 @each_pair
 @each_donation
-def test_the_cost_is_that_of_optax(pair, donate):
-    """With a schedule, where both count, the kernels and bytes are the same to the last one."""
-    ours, theirs = (compiled_step(factory(SCHEDULE), donate) for factory in pair)
-    assert benchmark.kernels(ours) <= benchmark.kernels(theirs)
-    assert bytes_accessed(ours) <= bytes_accessed(theirs)
+@pytest.mark.parametrize("rate", [1e-3, SCHEDULE], ids=["constant", "schedule"])
+def test_the_cost_is_that_of_optax_and_a_few_scalars(pair, donate, rate):
+    ours, theirs = (costs(factory(rate), donate) for factory in pair)
+    for what, most in SCALARS.items():
+        assert 0 < ours[what] <= theirs[what] + most + len(PARAMS) * EACH_LEAF[what], what
 
 
 @each_pair
-@each_donation
-def test_the_cost_of_a_constant_rate_is_one_count_more(pair, donate):
-    ours, theirs = (compiled_step(factory(1e-3), donate) for factory in pair)
-    assert 0 < instructions(ours) <= instructions(theirs) + COUNT_INSTRUCTIONS
-    assert benchmark.kernels(ours) <= benchmark.kernels(theirs) + COUNT_KERNELS
-    assert bytes_accessed(ours) <= bytes_accessed(theirs) + COUNT_BYTES
+def test_the_cost_of_a_leaf_is_that_of_optax(pair):
+    """What the scalars cost does not grow: the second half of a tree costs what it costs optax."""
+    twice = PARAMS | {f"{name} again": shape for name, shape in PARAMS.items()}
+    ours, theirs = (
+        [costs(factory(1e-3), params=params) for params in (PARAMS, twice)] for factory in pair
+    )
+    for what, most in EACH_LEAF.items():
+        more, their_more = (two[what] - one[what] for one, two in (ours, theirs))
+        assert more <= their_more + len(PARAMS) * most, what
 
 
 # The traced equations of update and apply, for every leaf and besides (optax's adam has 16 and 10):
 # a leaf calls what was traced for the first one of its shape.
-EQUATIONS = {"adam": (4, 75), "adamw": (6, 75), "nadam": (5, 80), "nadamw": (7, 80)}
+EQUATIONS = {"adam": (4, 174), "adamw": (6, 174), "nadam": (5, 179), "nadamw": (7, 179)}
 
 
 @pytest.mark.parametrize("name", EQUATIONS)
@@ -117,8 +126,8 @@ def test_leaves_of_one_kind_are_traced_once():
     assert all(isinstance(decay, float) for *_, decay in kinds)
 
 
-def test_a_shared_function_returns_numbers_as_numbers():
-    halved = signals.shared(lambda pair, number: {"pair": pair, "half": number / 2, "none": None})
+def test_what_is_traced_once_returns_numbers_as_numbers():
+    halved = traced_once(lambda pair, number: {"pair": pair, "half": number / 2, "none": None})
 
     def twice(x):
         first, second = halved((x, x), 3.0), halved((x + 1, x), 5.0)
@@ -150,7 +159,8 @@ RULES = [adam_jax.squared, adam_jax.belief, adam_jax.moments.yogi]
 @pytest.mark.parametrize("b1", [0.9, None, lambda count: 0.9], ids=["number", "none", "schedule"])
 def test_recomputed_moments_are_the_same(rule, b1, x64):
     def chain(recompute):
-        moments = adam_jax.scale_by_moments(b1, second_moment=rule, recompute=recompute)
+        moments = adam_jax.scale_by_moments(b1, second_moment=rule)
+        moments = adam_jax.recompute(moments) if recompute else moments
         return optax.chain(moments, adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-2))
 
     grads = jax.tree.map(lambda x: x.astype(jnp.float64), random_params())
@@ -192,10 +202,11 @@ def test_recompute_and_its_flag_make_one_kernel_of_a_leaf():
 
 # What a step with donation may need besides, in bytes per parameter: a copy of what is stored,
 # since XLA's CPU backend reads the old moment in two kernels and overwrites it in one; with a
-# residual also a copy of it and of the weights, and the update in bfloat16.
+# residual also copies of it and of the weights, and the update and the spacing in bfloat16 (8 bytes
+# for one leaf; of many, what is alive at one time is the scheduler's choice).
 STORED_COPIES = {
     "float32": 0.1,
-    "bfloat16, to nearest": 4.0,
+    "bfloat16, to nearest": 4.1,
     "bfloat16, at random": 4.0,
     "8-bit": 2.4,
     "4-bit": 1.3,
@@ -204,15 +215,15 @@ STORED_COPIES = {
     "float32, no rounding stage": 0.1,
     "float32, round_stochastically": 0.1,
     "float32, compensate bfloat16": 6.1,
-    "8-bit, compensate int8": 7.4,
-    "8-bit m, factored v, compensate int8": 7.0,
+    "8-bit, compensate int8": 8.4,
+    "8-bit m, factored v, compensate int8": 8.4,
 }
 
 
 @pytest.mark.parametrize("choice", memory.CHOICES, ids=lambda choice: choice.name)
 def test_no_temporary_is_a_float32_moment(choice):
     """The peak is what counts: no kernel writes a leaf in float32 but the weights and moments."""
-    shapes = memory.gpt2(layers=4, width=256, vocabulary=512, context=256)
+    shapes = memory.gpt2(layers=1, width=256, vocabulary=512, context=256)
     weights = memory.in_dtype(choice.weights, shapes)
     with jax.numpy_dtype_promotion("standard"):
         compiled = memory.compiled_step(choice, weights)
