@@ -168,8 +168,12 @@ def test_compare_says_what_is_wrong(tmp_path):
 
 
 def test_memory(tmp_path, monkeypatch, capsys):
-    """Three of the choices, two steps each: the tables, the figures and the picture."""
-    monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[i] for i in (0, 3, 10)])
+    """The first choice and the one with every part, two steps each on small networks."""
+    monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[0], memory.CHOICES[10]])
+    small = {"LAYERS": 1, "WIDTH": 64, "CONTEXT": 16}
+    timed = {"layers": 1, "width": 64, "vocabulary": 64, "context": 64}
+    for name, value in (small | {"TIMED": timed}).items():
+        monkeypatch.setattr(memory, name, value)
     monkeypatch.chdir(tmp_path)
     short = ["memory.py", "--seeds=1", "--steps=2", "--repeats=1", "--json=rows.json"]
     monkeypatch.setattr(sys, "argv", short)
