@@ -173,8 +173,8 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys):
 def test_memory(tmp_path, monkeypatch, capsys):
     """The first choice and the one with every part, two steps each on small networks."""
     monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[0], memory.CHOICES[10]])
-    small = {"LAYERS": 1, "WIDTH": 64, "CONTEXT": 16}
-    timed = {"layers": 1, "width": 64, "vocabulary": 64, "context": 64}
+    small = {"LAYERS": 1, "WIDTH": 32, "CONTEXT": 16}
+    timed = {"layers": 1, "width": 32, "vocabulary": 64, "context": 64}
     for name, value in (small | {"TIMED": timed}).items():
         monkeypatch.setattr(memory, name, value)
     monkeypatch.chdir(tmp_path)
