@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,6 +158,9 @@ def round_trip_table() -> str:
 # --- Seconds and temporaries ----------------------------------------------------------------------
 
 
+TIMED = {"layers": 3, "width": 512, "vocabulary": 512, "context": 512}  # of GPT-2
+
+
 def compiled_step(choice: Choice, weights):
     tx = choice.optimizer(1e-3)
 
@@ -171,8 +174,7 @@ def compiled_step(choice: Choice, weights):
 
 def measure_steps(choices: list[Choice], repeats: int) -> dict[str, tuple[list[float], float]]:
     """Seconds of every repeat, and bytes of temporaries per parameter."""
-    shapes = gpt2(layers=3, width=512, vocabulary=512, context=512)
-    sides = []
+    shapes, sides = gpt2(**TIMED), []
     for choice in tqdm(choices, "compiling", leave=False):
         weights = jax.tree.map(lambda s, c=choice: jnp.ones(s.shape, c.weights), shapes)
         grads = jax.tree.map(lambda w: 1e-3 * w, weights)
@@ -229,11 +231,17 @@ def next_characters(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, n
     return windows[:, :-1], windows[:, 1:]
 
 
-def characters(seed: int, steps: int):
-    """The model, its batches, and a fixed sample of the last tenth of the text to test on."""
+@cache
+def language_reference() -> tuple[int, np.ndarray]:
+    """How many different characters it has, and all of them as their numbers."""
     text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
     alphabet, codes = np.unique(np.array(list(text)), return_inverse=True)
-    codes = codes.astype(np.int32)
+    return len(alphabet), codes.astype(np.int32)
+
+
+def characters(seed: int, steps: int):
+    """The model, its batches, and a fixed sample of the last tenth of the text to test on."""
+    alphabet, codes = language_reference()
     split = len(codes) * 9 // 10
     rng = np.random.default_rng(seed)
     batches = (
@@ -241,12 +249,15 @@ def characters(seed: int, steps: int):
         for _ in range(steps)
     )
     fixed = np.random.default_rng(0).integers(split, len(codes) - CONTEXT - 1, 256)
-    return Transformer(len(alphabet), nnx.Rngs(seed)), batches, next_characters(codes, fixed)
+    return Transformer(alphabet, nnx.Rngs(seed)), batches, next_characters(codes, fixed)
+
+
+read_digits = cache(shipped_digits)
 
 
 def digits(seed: int, steps: int):
     """The network of `mnist.py`, its batches, and the digits to test on."""
-    data = shipped_digits()
+    data = read_digits()
     rng = np.random.default_rng(seed)
     batches = (
         (data.train_images[batch], data.train_labels[batch])

@@ -1,4 +1,4 @@
-"""The examples, run as a user runs them."""
+"""The examples, run as a user runs them: in a process of their own, but for what ends early."""
 
 import gzip
 import json
@@ -31,6 +31,15 @@ def run(example, *arguments, cwd):
         timeout=600,
         check=False,
     )
+
+
+def stopped(example, monkeypatch, *arguments):
+    """The exit code of an example that is stopped before its work, in this process."""
+    main = runpy.run_path(str(EXAMPLES / example))["main"]
+    monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code
 
 
 def idx(array):
@@ -126,15 +135,10 @@ def broken(digits, problem):
         "label",
     ],
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # older matplotlib, newer pyparsing
 def test_mnist_says_what_is_wrong_with_the_data(digits, problem, monkeypatch, capsys):
     """One clear sentence and exit code 2, before anything else is printed."""
     directory, complaint = broken(digits, problem)
-    example = runpy.run_path(str(EXAMPLES / "mnist.py"))
-    monkeypatch.setattr(sys, "argv", ["mnist.py", "--data-dir", str(directory)])
-    with pytest.raises(SystemExit) as stopped:
-        example["main"]()
-    assert stopped.value.code == 2
+    assert stopped("mnist.py", monkeypatch, "--data-dir", directory) == 2
     printed = capsys.readouterr()
     assert complaint in printed.err
     assert printed.err.startswith("mnist.py: ")
@@ -142,11 +146,11 @@ def test_mnist_says_what_is_wrong_with_the_data(digits, problem, monkeypatch, ca
     assert not printed.out
 
 
-def test_mnist_help(tmp_path):
-    done = run("mnist.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0
+def test_mnist_help(monkeypatch, capsys):
+    assert stopped("mnist.py", monkeypatch, "--help") == 0
+    printed = capsys.readouterr().out
     for option in ("--data-dir", "--loss", "--epochs", "--plot", "article"):
-        assert option in done.stdout
+        assert option in printed
 
 
 def test_compare(tmp_path):
@@ -161,15 +165,18 @@ def test_compare(tmp_path):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
-def test_compare_says_what_is_wrong(tmp_path):
-    done = run("compare.py", "--directory", tmp_path / "nowhere", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "there is no directory" in done.stderr
+def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+    assert stopped("compare.py", monkeypatch, "--directory", tmp_path / "nowhere") == 2
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_memory(tmp_path, monkeypatch, capsys):
-    """Three of the choices, two steps each: the tables, the figures and the picture."""
-    monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[i] for i in (0, 3, 10)])
+    """The first choice and the one with every part, two steps each on small networks."""
+    monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[0], memory.CHOICES[10]])
+    small = {"LAYERS": 1, "WIDTH": 32, "CONTEXT": 16}
+    timed = {"layers": 1, "width": 32, "vocabulary": 64, "context": 64}
+    for name, value in (small | {"TIMED": timed}).items():
+        monkeypatch.setattr(memory, name, value)
     monkeypatch.chdir(tmp_path)
     short = ["memory.py", "--seeds=1", "--steps=2", "--repeats=1", "--json=rows.json"]
     monkeypatch.setattr(sys, "argv", short)
@@ -184,10 +191,10 @@ def test_memory(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_memory_refuses_a_missing_directory(tmp_path):
-    done = run("memory.py", "--json", "no/where.json", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "there is no directory" in done.stderr
+def test_memory_refuses_a_missing_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert stopped("memory.py", monkeypatch, "--json", "no/where.json") == 2
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):

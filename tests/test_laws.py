@@ -1,5 +1,6 @@
 """The laws of the algebra, on random gradients, rates and epsilons."""
 
+import functools
 import math
 
 import chex
@@ -68,32 +69,38 @@ def test_bias_correct_is_debias_then_normalize_under_jit(eps, eps_root):
     chex.assert_trees_all_equal(scanned(one), scanned(two))
 
 
+def signals_of(sequence, b1, b2):
+    """The moments of every step, with the weights they have gathered by the paper's formula."""
+    stage = adam_jax.scale_by_moments(b1, b2)
+    state = stage.init(jnp.zeros(SIZE))
+    for t, grads in enumerate(jnp.asarray(sequence), start=1):
+        moments, state = stage.update(grads, state)
+        yield moments, 1 - b1**t, 1 - b2**t
+
+
+def through(stage, moments):
+    return stage.update(moments, stage.init(moments.grad))[0]
+
+
 @given(gradients(1e-3, 1e3), rates, rates, epsilons, epsilons)
 @settings(max_examples=25)
 def test_reordering(x64, sequence, b1, b2, eps, eps_root):
     """Law 3: bias correction can be moved out of the division, into the step size and epsilons."""
-    corrected = moments_then(adam_jax.bias_correct(eps=eps, eps_root=eps_root), b1=b1, b2=b2)
-    for t, update in enumerate(run(corrected, sequence), start=1):
-        w1, w2 = 1 - b1**t, 1 - b2**t
-        plain = moments_then(
-            adam_jax.normalize(eps=eps * math.sqrt(w2), eps_root=eps_root * w2), b1=b1, b2=b2
-        )
-        assert_close(update, math.sqrt(w2) / w1 * run(plain, sequence[:t])[-1], "algebra")
+    corrected = adam_jax.bias_correct(eps=eps, eps_root=eps_root)
+    for moments, w1, w2 in signals_of(sequence, b1, b2):
+        plain = adam_jax.normalize(eps=eps * math.sqrt(w2), eps_root=eps_root * w2)
+        reordered = math.sqrt(w2) / w1 * through(plain, moments)
+        assert_close(through(corrected, moments), reordered, "algebra")
 
 
 @given(gradients(1e-3, 1e3), rates, rates, epsilons, epsilons)
 @settings(max_examples=25)
 def test_eps_hat_is_a_scaled_epsilon(x64, sequence, b1, b2, eps, eps_root):
     """Keras's convention is Adam's with epsilons divided by the gathered weight."""
-    hat = moments_then(
-        adam_jax.bias_correct(eps=eps, eps_root=eps_root, eps_hat=True), b1=b1, b2=b2
-    )
-    for t, update in enumerate(run(hat, sequence), start=1):
-        w2 = 1 - b2**t
-        scaled = moments_then(
-            adam_jax.bias_correct(eps=eps / math.sqrt(w2), eps_root=eps_root / w2), b1=b1, b2=b2
-        )
-        assert_close(update, run(scaled, sequence[:t])[-1], "algebra")
+    hat = adam_jax.bias_correct(eps=eps, eps_root=eps_root, eps_hat=True)
+    for moments, _, w2 in signals_of(sequence, b1, b2):
+        scaled = adam_jax.bias_correct(eps=eps / math.sqrt(w2), eps_root=eps_root / w2)
+        assert_close(through(hat, moments), through(scaled, moments), "algebra")
 
 
 @given(gradients(1e-15, 1e15), rates, rates)
@@ -209,16 +216,15 @@ STAGES = {
 each_stage = pytest.mark.parametrize("tx", STAGES.values(), ids=STAGES.keys())
 
 
-def three_gradients(params):
+def gradients_like(params, steps=3):
     rng = np.random.default_rng(5)
-    return [random_grads(params, rng) for _ in range(3)]
+    return [random_grads(params, rng) for _ in range(steps)]
 
 
-def three_steps(tx, params, step=None):
+def walk(step, state, params):
     """The outputs of three steps and the last state."""
-    step = step or tx.update
-    state, outputs = tx.init(params), []
-    for grads in three_gradients(params):
+    outputs = []
+    for grads in gradients_like(params):
         grads = jax.tree.map(lambda g, p: jax.device_put(g, p.sharding), grads, params)
         output, state = step(grads, state, params)
         outputs.append(output)
@@ -229,11 +235,8 @@ def three_steps(tx, params, step=None):
 def test_naturality(tx):
     """Law 7: a stage on a tree is the stage on each leaf alone."""
     params = random_params()
-    rng, state, alone = np.random.default_rng(6), tx.init(params), {}
-    for name, leaf in params.items():
-        alone[name] = tx.init(leaf)
-    for _ in range(3):
-        grads = random_grads(params, rng)
+    state, alone = tx.init(params), {name: tx.init(leaf) for name, leaf in params.items()}
+    for grads in gradients_like(params):
         whole, state = tx.update(grads, state, params)
         for name, leaf in params.items():
             part, alone[name] = tx.update(grads[name], alone[name], leaf)
@@ -252,64 +255,119 @@ def test_nesting_of_chain_does_not_matter():
     """Law 7."""
     a, b, c = adam_jax.scale_by_moments(), adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-3)
     params = random_params()
-    flat, _ = three_steps(optax.chain(a, b, c), params)
-    for nested in (optax.chain(optax.chain(a, b), c), optax.chain(a, optax.chain(b, c))):
-        chex.assert_trees_all_equal(three_steps(nested, params)[0], flat)
-
-
-@each_stage
-def test_jit_gives_the_same_numbers(tx, x64):
-    """Law 8."""
-    params = random_params("float64")
-    assert_close(three_steps(tx, params, jax.jit(tx.update)), three_steps(tx, params), "fused")
-
-
-@each_stage
-def test_scan_gives_the_same_numbers(tx, x64):
-    """Law 8; the carry also shows that no state leaf changes shape or dtype."""
-    params = random_params("float64")
-    state, stacked = jax.lax.scan(
-        lambda state, grads: tx.update(grads, state, params)[::-1],
-        tx.init(params),
-        stack(three_gradients(params)),
+    flat, *nested = (
+        walk(tx.update, tx.init(params), params)[0]
+        for tx in (
+            optax.chain(a, b, c),
+            optax.chain(optax.chain(a, b), c),
+            optax.chain(a, optax.chain(b, c)),
+        )
     )
-    outputs, last = three_steps(tx, params)
-    assert_close(state, last, "fused")
-    for i, output in enumerate(outputs):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], stacked), output, "fused")
+    for other in nested:
+        chex.assert_trees_all_equal(other, flat)
 
 
-@each_stage
-def test_vmap_gives_the_same_numbers(tx, x64):
+# --- Law 8: in each way to run them, all stages are compiled as one function ----------------------
+
+each_name = pytest.mark.parametrize("name", STAGES)
+
+
+def wide_params(seed=0):
+    """Float64, on one device; the first axis of the large leaves divides by eight."""
+    rng = np.random.default_rng(seed)
+    shapes = {"kernel": (16, 3), "bias": (8,), "scale": (), "empty": (0, 3)}
+    return {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+
+def init_all(params):
+    return {name: tx.init(params) for name, tx in STAGES.items()}
+
+
+def update_all(grads, states, params):
+    """One step of every stage: the outputs by name, and the states."""
+    steps = {name: tx.update(grads, states[name], params) for name, tx in STAGES.items()}
+    return tuple({name: step[part] for name, step in steps.items()} for part in range(2))
+
+
+@functools.cache
+def plain(device):
+    """What the others must give: three steps of every stage, operation by operation."""
+    with jax.default_device(device):
+        params = wide_params()
+        outputs, states = walk(update_all, init_all(params), params)
+    return stack(outputs), states
+
+
+@functools.cache
+def jitted():
+    params = wide_params()
+    outputs, states = walk(jax.jit(update_all), init_all(params), params)
+    return stack(outputs), states
+
+
+@functools.cache
+def scanned():
+    params = wide_params()
+    step = lambda states, grads: update_all(grads, states, params)[::-1]  # noqa: E731
+    states, outputs = jax.lax.scan(step, init_all(params), stack(gradients_like(params)))
+    return outputs, states
+
+
+@each_name
+def test_jit_gives_the_same_numbers(name, x64):
+    """Law 8."""
+    for jit, expected in zip(jitted(), plain(jax.devices()[0]), strict=True):
+        assert_close(jit[name], expected[name], "fused")
+
+
+@each_name
+def test_scan_gives_the_same_numbers(name, x64):
+    """Law 8; the carry also shows that no state leaf changes shape or dtype."""
+    for scan, expected in zip(scanned(), plain(jax.devices()[0]), strict=True):
+        assert_close(scan[name], expected[name], "fused")
+
+
+@functools.cache
+def three_models():
+    """The first step of three models, one after the other and under vmap."""
+    models = [wide_params(seed) for seed in range(3)]
+    grads = [gradients_like(model, seed + 1)[seed] for seed, model in enumerate(models)]
+    first = lambda params, grads: update_all(grads, init_all(params), params)[0]  # noqa: E731
+    apart = stack([first(*pair) for pair in zip(models, grads, strict=True)])
+    return jax.jit(jax.vmap(first))(stack(models), stack(grads)), apart
+
+
+@each_name
+def test_vmap_gives_the_same_numbers(name, x64):
     """Law 8: three models at once."""
-    models = [random_params("float64", seed) for seed in range(3)]
-    rng = np.random.default_rng(7)
-    grads = [random_grads(model, rng) for model in models]
-
-    def step(params, grads):
-        return tx.update(grads, tx.init(params), params)[0]
-
-    together = jax.vmap(step)(stack(models), stack(grads))
-    for i, (model, grad) in enumerate(zip(models, grads, strict=True)):
-        assert_close(jax.tree.map(lambda x, i=i: x[i], together), step(model, grad), "fused")
+    together, apart = three_models()
+    assert_close(together[name], apart[name], "fused")
 
 
-@each_stage
-def test_sharded_execution_gives_the_same_numbers(tx, x64):
+def on_eight_devices(leaf):
+    """Its rows in eight parts; a scalar or an empty leaf whole on each device."""
+    mesh = Mesh(np.array(jax.devices("cpu")), ("data",))
+    axes = ["data"] if leaf.ndim and leaf.size else []
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+@functools.cache
+def sharded():
+    """The states at the start, and three steps."""
+    params = jax.tree.map(lambda leaf: jax.device_put(leaf, on_eight_devices(leaf)), wide_params())
+    states = init_all(params)
+    return states, *walk(jax.jit(update_all), states, params)
+
+
+@each_name
+def test_sharded_execution_gives_the_same_numbers(name, x64):
     """Law 8: eight devices, the numbers of one, with the state where the parameters are."""
-    cpus = jax.devices("cpu")
-    assert len(cpus) == 8
-    sharding = NamedSharding(Mesh(np.array(cpus), ("data",)), PartitionSpec("data"))
-    params = {"kernel": jnp.ones((16, 3), "float64"), "bias": jnp.ones(8, "float64")}
-    params = jax.device_put(params, cpus[0])
-    with jax.default_device(cpus[0]):
-        alone, alone_state = three_steps(tx, params, jax.jit(tx.update))
-    sharded = jax.device_put(params, sharding)
-    state = tx.init(sharded)
-    for part in jax.tree.leaves(state):
-        assert part.ndim == 0 or part.sharding.is_equivalent_to(sharding, part.ndim)
-    together, together_state = three_steps(tx, sharded, jax.jit(tx.update))
-    assert_close((together, together_state), (alone, alone_state), "fused")
-    for leaf in jax.tree.leaves(together):
-        if leaf.ndim:
-            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert len(jax.devices("cpu")) == 8
+    initial, outputs, states = sharded()
+    mine = [output[name] for output in outputs]
+    for leaf in jax.tree.leaves((initial[name], mine, states[name])):
+        if jnp.ndim(leaf):
+            assert leaf.sharding.is_equivalent_to(on_eight_devices(leaf), leaf.ndim)
+    expected_outputs, expected_states = plain(jax.devices("cpu")[0])
+    assert_close(stack(mine), expected_outputs[name], "fused")
+    assert_close(states[name], expected_states[name], "fused")

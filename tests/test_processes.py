@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import assert_close
 
@@ -29,11 +28,15 @@ OPTIMIZERS = {
 }
 
 
-def train(tx, dtype):
+def dtype_of(name):
+    return jnp.bfloat16 if "rounded" in name else np.float32
+
+
+def train():
     """Five steps: the batch in eight parts, the kernel's rows in eight parts, the bias in one.
 
     The batch holds small integers, so that its gradients are the same in whatever order the
-    processes add them.
+    processes add them. All optimizers take a step in one compiled function.
     """
     mesh = Mesh(np.array(jax.devices("cpu")), ("data",))
     rng = np.random.default_rng(0)
@@ -42,41 +45,44 @@ def train(tx, dtype):
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
+    kernel = rng.normal(size=(64, 512))
     params = {
-        "kernel": place(rng.normal(size=(64, 512)).astype(dtype), "data"),
-        "bias": place(np.zeros(512, dtype)),
+        name: {
+            "kernel": place(kernel.astype(dtype_of(name)), "data"),
+            "bias": place(np.zeros(512, dtype_of(name))),
+        }
+        for name in OPTIMIZERS
     }
 
     def loss(params, batch, weights):
+        batch, weights = (x.astype(params["bias"].dtype) for x in (batch, weights))
         return jnp.sum((batch @ params["kernel"] + params["bias"][None]) * weights)
 
-    @jax.jit
-    def step(params, state, batch, weights):
+    def one_step(tx, params, state, batch, weights):
         updates, state = tx.update(jax.grad(loss)(params, batch, weights), state, params)
         with jax.numpy_dtype_promotion("standard"):
             return optax.apply_updates(params, updates), state
 
-    state = tx.init(params)  # not jitted: parts of the parameters are in the other process
+    @jax.jit
+    def step(now, batch, weights):
+        return {name: one_step(tx, *now[name], batch, weights) for name, tx in OPTIMIZERS.items()}
+
+    # init is not jitted: parts of the parameters are in the other process
+    now = {name: (params[name], tx.init(params[name])) for name, tx in OPTIMIZERS.items()}
     for _ in range(5):
-        batch = place(rng.integers(-2, 3, (16, 64)).astype(dtype), "data")
-        weights = place(rng.integers(-2, 3, (16, 512)).astype(dtype), "data")
-        params, state = step(params, state, batch, weights)
-    return params, state
-
-
-def dtype_of(name):
-    return jnp.bfloat16 if "rounded" in name else np.float32
+        batch = place(rng.integers(-2, 3, (16, 64)).astype(np.float32), "data")
+        weights = place(rng.integers(-2, 3, (16, 512)).astype(np.float32), "data")
+        now = step(now, batch, weights)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda now: now, out_shardings=everywhere)(now)
 
 
 def results():
     """Everything that the training leaves, by optimizer and place in the tree, on the host."""
-    found = {}
-    for name, tx in OPTIMIZERS.items():
-        leaves = jax.tree_util.tree_leaves_with_path(train(tx, dtype_of(name)))
-        for path, leaf in leaves:
-            whole = multihost_utils.process_allgather(leaf, tiled=True)
-            found[name + jax.tree_util.keystr(path)] = np.asarray(whole, np.float32)
-    return found
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf).astype(np.float32)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(train())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,7 @@ def two_processes(tmp_path_factory):
         os.environ,
         JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
-        PYTHONPATH=os.path.dirname(__file__),
+        PYTHONPATH=os.pathsep.join(sys.path),
     )
     paths = [folder / f"{rank}.npz" for rank in range(2)]
     processes = [
