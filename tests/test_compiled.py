@@ -215,8 +215,8 @@ STORED_COPIES = {
     "float32, no rounding stage": 0.1,
     "float32, round_stochastically": 0.1,
     "float32, compensate bfloat16": 6.1,
-    "8-bit, compensate int8": 8.4,
-    "8-bit m, factored v, compensate int8": 8.4,
+    "8-bit, compensate int8": 8.6,
+    "8-bit m, factored v, compensate int8": 8.6,
 }
 
 

@@ -67,7 +67,7 @@ def test_meta_gradient_at_a_zero_gradient_is_finite(name):
 def test_the_meta_gradient_of_a_bare_root_is_nan():
     """So that the test above is known to be able to fail."""
     bare = optax.stateless(
-        lambda moments, _: moments.mu / (jnp.sqrt(moments.nu / moments.nu_weight) + 1e-8)
+        lambda moments, _: moments.mu.value / (jnp.sqrt(moments.nu.debiased().value) + 1e-8)
     )
     first, second, third = jax.jit(lambda: meta_gradients(bare))()
     assert np.isnan(first[1])
@@ -108,11 +108,16 @@ def test_bad_gradients_are_not_hidden(direction, bad):
 
 @each_direction
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "complex64"])
-def test_the_dtype_of_the_gradient_is_emitted(direction, dtype, x64):
+def test_an_update_is_as_wide_as_gradient_and_parameter(direction, dtype, x64):
+    """Without the parameters it is as wide as the moments."""
     tx = optax.chain(adam_jax.scale_by_moments(), direction)
-    grads = jnp.ones(2, dtype)
-    update, _ = tx.update(grads, tx.init(jnp.ones(2, dtype)))
+    grads = params = jnp.ones(2, dtype)
+    state = tx.init(params)
+    update, kept = jax.eval_shape(tx.update, grads, state, params)
     assert update.dtype == grads.dtype
+    assert jax.eval_shape(tx.update, grads, state)[0].dtype == kept[0].mu.dtype
+    wide = params.astype(jnp.complex128 if "complex" in dtype else jnp.float64)
+    assert jax.eval_shape(tx.update, grads, tx.init(wide), wide)[0].dtype == wide.dtype
 
 
 @pytest.mark.parametrize("eps", [1e-8, 0.5])
@@ -134,7 +139,7 @@ def test_nesterov_after_debias_needs_no_weights(x64):
     """With both weights 1 the look-ahead is b m + (1 - b) g, the simplified NAdam."""
     tx = optax.chain(adam_jax.scale_by_moments(0.5, 0.5), adam_jax.debias(), adam_jax.nesterov())
     moments, _ = tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))
-    assert_close(moments.mu, np.array([0.5 * 3.0 + 0.5 * 3.0]), "algebra")
+    assert_close(moments.mu.value, np.array([0.5 * 3.0 + 0.5 * 3.0]), "algebra")
 
 
 def test_nesterov_of_an_injected_rate_takes_it_to_stay(x64):
@@ -147,4 +152,4 @@ def test_nesterov_of_an_injected_rate_takes_it_to_stay(x64):
         one, state_one = constant.update(grads, states[0])
         two, state_two = injected.update(grads, states[1])
         states = state_one, state_two
-        assert_close(one.mu, two.mu, "algebra")
+        assert_close(one.mu.value, two.mu.value, "algebra")

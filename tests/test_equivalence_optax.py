@@ -201,7 +201,7 @@ def test_bitwise_in_real_training():
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw"])
 def test_signature_is_that_of_optax(name):
-    """Names, order, kinds and defaults of the arguments; ours add nu_dtype."""
+    """Names, order, kinds and defaults of the arguments; ours add their own."""
     ours = inspect.signature(getattr(adam_jax, name)).parameters
     theirs = inspect.signature(getattr(optax, name)).parameters
     described = lambda ps: [(p.name, p.kind, p.default) for p in ps.values()]  # noqa: E731

@@ -244,8 +244,8 @@ SPECS = {
     ),
     "sgd, nesterov": like_optax("sgd", "bitwise", 1e-5, momentum=0.9, nesterov=True),
     "momentum": Spec(adam_jax.momentum(1e-4), of_transformation(optax.sgd(1e-4, 0.9)), "bitwise"),
-    "nesterov": Spec(
-        adam_jax.optimizers.nesterov(1e-4),
+    "nesterov_momentum": Spec(
+        adam_jax.nesterov_momentum(1e-4),
         of_transformation(optax.sgd(1e-4, 0.9, nesterov=True)),
         "bitwise",
     ),
@@ -340,7 +340,7 @@ SPECS = {
     ),
     "SGD, momentum (torch)": like_torch(adam_jax.momentum(1e-4), optim.SGD, lr=1e-4, momentum=0.9),
     "SGD, nesterov (torch)": like_torch(
-        adam_jax.optimizers.nesterov(1e-4), optim.SGD, lr=1e-4, momentum=0.9, nesterov=True
+        adam_jax.nesterov_momentum(1e-4), optim.SGD, lr=1e-4, momentum=0.9, nesterov=True
     ),
     # the papers
     "adam_atan2 (paper)": Spec(adam_jax.adam_atan2(1e-2), of_paper(atan2), "reference"),
@@ -580,7 +580,7 @@ def test_momentum_is_float32_for_low_precision():
 
 
 def test_the_length_of_a_moving_average(x64):
-    """nu_length by its definition: twice the mean age of the gradients in the average, plus 1."""
+    """The length by its definition: twice the mean age of the gradients in the average, plus 1."""
     rate = lambda t: 0.9 + 0.09 * jnp.sin(t.astype(float))  # noqa: E731
     for b2 in (0.9, rate):
         stage = adam_jax.scale_by_moments(b2=b2)
@@ -590,7 +590,7 @@ def test_the_length_of_a_moving_average(x64):
             decay = float(rate(jnp.asarray(t))) if callable(b2) else b2
             weights = np.append(decay * weights, 1 - decay)
             mean_age = (weights * np.arange(t, -1, -1)).sum() / weights.sum()
-            assert float(moments.nu_length) == pytest.approx(2 * mean_age + 1, rel=1e-9)
+            assert float(moments.nu.length) == pytest.approx(2 * mean_age + 1, rel=1e-9)
 
 
 def test_rectification_of_a_schedule_is_that_of_the_number(x64):
@@ -638,11 +638,9 @@ def test_common_options(name):
             )
             changed, _ = updates(**{option: value}, **extra)
             assert np.any(changed["w"] != base["w"]), option
-    for option in ("mu_dtype", "nu_dtype"):
+    for option in ("mu_dtype", "mu_storage", "nu_storage"):
         if option in accepted:
-            _, state = updates(
-                **{option: jnp.bfloat16} | ({"centered": True} if name == "rmsprop" else {})
-            )
+            _, state = updates(**{option: jnp.bfloat16})
             kept = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.ndim(leaf)}
             assert jnp.dtype(jnp.bfloat16) in kept
 

@@ -115,7 +115,7 @@ def test_debias_is_idempotent(sequence, b1, b2):
         signal_once, state_once = once.update(grads, state_once)
         signal_twice, state_twice = twice.update(grads, state_twice)
         chex.assert_trees_all_equal(signal_once, signal_twice)
-        assert signal_once.mu_weight == signal_once.nu_weight == 1
+        assert signal_once.mu.weight == signal_once.nu.weight == 1
 
 
 @given(gradients(1e-6, 1e6), rates, rates, st.integers(-20, 20))

@@ -15,7 +15,7 @@ def test_schedule_starts_at_zero_and_counts():
     for rate in (1.0, 2.0, 3.0):
         update, state = stage.update(jnp.ones(2), state)
         chex.assert_trees_all_equal(update, jnp.full(2, -rate))
-    assert state.count == 3
+    assert state.step == 3
 
 
 def test_state_is_the_same_for_constant_and_schedule():
