@@ -101,7 +101,7 @@ def test_checkpoint_round_trip(tmp_path):
         scheduled = adam_jax.adamw(optax.constant_schedule(1e-2), b2=jnp.float32(0.99))
         restored = checkpointer.restore(tmp_path / "state", scheduled.init(params))
     chex.assert_trees_all_equal(restored, state)
-    assert restored[-1].count == 1
+    assert restored[-1].step == 1
     chex.assert_trees_all_equal(
         scheduled.update(params, restored, params), tx.update(params, state, params)
     )
