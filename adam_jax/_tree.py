@@ -35,7 +35,13 @@ def place(path: tuple) -> str:
 def check_params(stage: str, params: Any) -> None:
     """Only floating-point and complex parameters have gradients."""
     for path, param in jax.tree_util.tree_leaves_with_path(params):
-        dtype = jnp.result_type(param)
+        try:
+            dtype = jnp.result_type(param)
+        except TypeError:
+            raise TypeError(
+                f"{stage} optimizes arrays, but the parameter{at(path)} is {param!r}: leave it "
+                f"out, in Equinox with equinox.filter(model, equinox.is_inexact_array)."
+            ) from None
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"{stage} optimizes floating-point and complex parameters, but the parameter"

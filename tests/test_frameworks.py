@@ -105,3 +105,11 @@ def test_checkpoint_round_trip(tmp_path):
     chex.assert_trees_all_equal(
         scheduled.update(params, restored, params), tx.update(params, state, params)
     )
+
+
+def test_an_unfiltered_equinox_module_is_refused_by_name():
+    """Its functions are leaves too, and the message says how to leave them out."""
+    model = eqx.nn.MLP(3, 1, 8, 1, key=jax.random.key(0))
+    with pytest.raises(TypeError, match=r"the parameter at \.activation is .*equinox\.filter\("):
+        adam_jax.adam(1e-2).init(model)
+    adam_jax.adam(1e-2).init(eqx.filter(model, eqx.is_inexact_array))
