@@ -144,6 +144,8 @@ class Slot(NamedTuple):
     def _check(self, kept: Any, grads: Any) -> None:
         kind_of: Any = type(kept)
         parts = kind_of if getattr(kind_of, "_fields", ())[-1:] == ("whole",) else None
+        if self.storage.parts is None and kind_of is type(grads):
+            parts = None  # the parameters themselves have a last field of this name
         if parts is not self.storage.parts:
             was, now = (
                 "one tree" if p is None else f"{p.__name__} of {', '.join(p._fields)}"

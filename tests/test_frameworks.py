@@ -1,5 +1,7 @@
 """In the frameworks that people train with: Flax NNX, Flax Linen, Equinox, Orbax."""
 
+from typing import NamedTuple
+
 import chex
 import equinox as eqx
 import flax.linen as nn
@@ -13,6 +15,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import adam_jax
+from adam_jax import storage
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 3)).astype(np.float32)
@@ -113,3 +116,17 @@ def test_an_unfiltered_equinox_module_is_refused_by_name():
     with pytest.raises(TypeError, match=r"the parameter at \.activation is .*equinox\.filter\("):
         adam_jax.adam(1e-2).init(model)
     adam_jax.adam(1e-2).init(eqx.filter(model, eqx.is_inexact_array))
+
+
+@pytest.mark.parametrize("how", [None, "bfloat16", storage.int8()])
+def test_parameters_with_a_last_field_named_whole(how):
+    """They are not taken for the parts of a storage, whose last one has that name."""
+
+    class Weights(NamedTuple):
+        kernel: jax.Array
+        whole: jax.Array
+
+    params = Weights(jnp.ones((64, 64)), jnp.ones(3))
+    tx = adam_jax.adam(1e-2, mu_storage=how)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert isinstance(updates, Weights)
