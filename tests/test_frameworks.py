@@ -494,44 +494,50 @@ def test_linen_sharded_from_the_start():
     chex.assert_trees_all_equal(state.opt_state, alone.opt_state)
 
 
-def follow_paths(blocks):
-    """Each framework's way of using an optimizer, with the place of its one large leaf."""
-    tx = adam_jax.adam(1e-2, nu_storage=storage.block_mean(blocks))
-    model = nnx_model("float32")
-    x, key = jnp.ones((1, 64)), jax.random.key(0)
-
-    def updated_twice(params):
-        state = tx.init(params)
-        for _ in range(2):
-            _, state = tx.update(params, state, params)
-
-    def nnx_optimizer():
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        optimizer.update(model, nnx.state(model))
-
-    boxed = nn.Dense(64, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "x")))
-    return {
-        "nnx.Optimizer": (nnx_optimizer, "kernel"),
-        "nnx.split": (lambda: updated_twice(nnx.split(model, nnx.Param)[1]), "kernel"),
-        "nnx as a tree": (lambda: updated_twice(nnx.to_pure_dict(nnx.state(model))), "kernel"),
-        "linen": (lambda: updated_twice(nn.Dense(64).init(key, x)), "params/kernel"),
-        "linen, boxed": (lambda: updated_twice(boxed.init(key, x)), "params/kernel"),
-        "equinox": (lambda: updated_twice(eqx.nn.MLP(64, 64, 1, 0, key=key).layers), "0/weight"),
-    }
+def update_twice(tx, params):
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
 
 
-@pytest.mark.parametrize("way", follow_paths(storage.transformer_blocks))
+def linen_params(kernel_init=nn.initializers.ones):
+    return nn.Dense(64, kernel_init=kernel_init).init(jax.random.key(0), jnp.ones((1, 64)))
+
+
+# What each framework hands to an optimizer, and the place of its one large leaf.
+WAYS = {
+    "nnx.Optimizer": (lambda tx: follow_nnx(Case(tx), False), "kernel"),
+    "nnx.split": (
+        lambda tx: update_twice(tx, nnx.split(nnx_model("float32"), nnx.Param)[1]),
+        "kernel",
+    ),
+    "nnx module": (lambda tx: update_twice(tx, nnx_model("float32")), "kernel"),
+    "linen": (lambda tx: update_twice(tx, linen_params()), "params/kernel"),
+    "linen, boxed": (
+        lambda tx: update_twice(
+            tx, linen_params(nn.with_partitioning(nn.initializers.ones, (None, "x")))
+        ),
+        "params/kernel",
+    ),
+    "equinox": (
+        lambda tx: update_twice(tx, eqx.nn.MLP(64, 64, 1, 0, key=jax.random.key(0)).layers),
+        "0/weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_blocks_get_one_path(way):
     """`block_mean` asks for the same place in `init` and in `update`."""
-    asked = set()
+    asked = []
 
     def blocks(path, shape):
-        asked.add((path, shape))
+        asked.append((path, shape))
         return shape[0], 1
 
-    follow, place = follow_paths(blocks)[way]
-    follow()
-    assert asked == {(place, (64, 64))}
+    follow, place = WAYS[way]
+    follow(adam_jax.adam(1e-2, nu_storage=storage.block_mean(blocks)))
+    assert set(asked) == {(place, (64, 64))}
 
 
 # --- Wrappers that choose between an update and none, and low-precision parameters ----------------
