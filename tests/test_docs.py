@@ -24,7 +24,8 @@ def test_readme_blocks_run():
             exec(compile(block, "README.md", "exec"), session)
 
 
-STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean", "transformer_blocks"]
+STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean",
+            "transformer_blocks", "report"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", adam_jax.__all__ + [f"storage.{name}" for name in STORAGES])
