@@ -167,11 +167,10 @@ def test_mixed_trees_masks_and_map_params(tx):
 
 
 @each_stage
-@pytest.mark.parametrize("name", ["adamw", "lion"])
-def test_at_the_end_of_an_optimizer(tx, name):
+def test_at_the_end_of_an_optimizer(tx):
     """It survives jit, scan and eight devices with the same numbers."""
     params = {"w": jnp.ones((16, 4), jnp.bfloat16), "b": jnp.zeros(8, jnp.bfloat16)}
-    optimizer = optax.chain(getattr(adam_jax, name)(1e-3), tx)
+    optimizer = optax.chain(adam_jax.lion(1e-3), tx)
     rng = np.random.default_rng(0)
     grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)] * 3
 
@@ -219,28 +218,82 @@ def test_seeds_and_leaves_differ_and_runs_do_not():
     assert jnp.any(one["a"] != second["a"])
 
 
+@each_stage
+@pytest.mark.parametrize("dtype", LOW)
+def test_finite_numbers_pass_the_debug_switches(tx, dtype):
+    """Zeros too: no infinity or NaN on the way."""
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=32), dtype).at[:4].set(0)
+    updates = jnp.asarray(1e-3 * rng.normal(size=32), jnp.float32)
+    with jax.debug_infs(True), jax.debug_nans(True):
+        emitted, _ = jax.jit(tx.update)(updates, tx.init(params), params)
+    assert np.all(np.isfinite(emitted))
+
+
+@each_stage
+def test_eight_bits_are_refused(tx):
+    """By `init`, which names the leaf."""
+    params = {"a": {"w": jnp.ones(3, "float8_e4m3fn"), "b": jnp.ones(3, "bfloat16")}}
+    with pytest.raises(TypeError, match=r"the one at \['a'\]\['w'\] is float8_e4m3fn"):
+        tx.init(params)
+    tx.init({"a": {"b": params["a"]["b"]}})
+
+
+@each_stage
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("update", "found"),
+    [
+        (jnp.ones(4), r"\['w'\] was real of shape \(3,\) there.* real of shape \(4,\)"),
+        (jnp.ones(1), r"\['w'\] was real of shape \(3,\) there.* real of shape \(1,\)"),
+        (jnp.ones(()), r"\['w'\] was real of shape \(3,\) there.* real of shape \(\)"),
+        (jnp.ones(3, "complex64"), r"\['w'\] was real of shape \(3,\) there.* is complex"),
+        (None, r"\['w'\] was real of shape \(3,\) there, and its gradient is None"),
+        ("missing", r"\['w'\] was real of shape \(3,\) there, and its gradient is nothing"),
+        ("one more", r"\['c'\] was nothing there, and its gradient is real of shape \(1,\)"),
+    ],
+)
+def test_updates_of_another_shape(tx, dtype, update, found):
+    params = {"w": jnp.ones(3, dtype), "b": jnp.ones(2)}
+    updates = {"w": update, "b": jnp.ones(2)}
+    if isinstance(update, str):
+        updates.pop("w")
+        updates |= {} if update == "missing" else {"w": jnp.ones(3), "c": jnp.ones(1)}
+    stage = "compensate" if "residual" in tx.init(params)._fields else "round_stochastically"
+    with pytest.raises(ValueError, match=f"^{stage} got gradients that.*{found}"):
+        tx.update(updates, tx.init(params), params)
+
+
+def moments_then(stage):
+    tx = optax.chain(adam_jax.scale_by_moments(), stage)
+    return lambda: tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: adam_jax.compensate("int4"), ValueError, "residual must be"),
-        (lambda: adam_jax.round_stochastically(1.5), TypeError, "seed must be an integer"),
+        (lambda: adam_jax.round_stochastically(1.5), TypeError, "seed must be an integer, got 1.5"),
+        (lambda: adam_jax.round_stochastically(True), TypeError, "seed must be an integer"),
         (
             lambda: adam_jax.compensate().update(jnp.ones(1), adam_jax.CompensateState(None)),
             ValueError,
-            r"Rounding needs the parameters: pass params to update\(\)",
+            r"^compensate needs the parameters: pass params to update\(\)",
         ),
         (
-            lambda: optax.chain(
-                adam_jax.scale_by_moments(), adam_jax.round_stochastically()
-            ).update(
-                jnp.ones(1),
-                optax.chain(adam_jax.scale_by_moments(), adam_jax.round_stochastically()).init(
-                    jnp.ones(1)
-                ),
-                jnp.ones(1),
-            ),
+            lambda: adam_jax.round_stochastically().update(jnp.ones(1), None),
+            ValueError,
+            r"^round_stochastically needs the parameters: pass params to update\(\)",
+        ),
+        (
+            moments_then(adam_jax.round_stochastically()),
             TypeError,
-            "round_stochastically takes plain updates, but got the Moments",
+            "^round_stochastically takes plain updates, but got the Moments",
+        ),
+        (
+            moments_then(adam_jax.compensate()),
+            TypeError,
+            "^compensate takes plain updates, but got the Moments",
         ),
     ],
 )
