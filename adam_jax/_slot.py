@@ -132,7 +132,9 @@ class Slot(NamedTuple):
     def _is_whole(self, stored: Any, leaf: Leaf) -> bool:
         if self.storage.parts is not None:
             return stored.whole is not None
-        return stored.shape == leaf.shape and accumulator(stored.dtype) == stored.dtype
+        if stored.shape != leaf.shape or not jnp.issubdtype(stored.dtype, jnp.inexact):
+            return False
+        return accumulator(stored.dtype) == stored.dtype
 
     def _tree(self, stored: list[Any], structure: Any) -> Any:
         """From what is stored of each leaf to what a state keeps."""

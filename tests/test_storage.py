@@ -888,6 +888,20 @@ def test_a_storage_of_ones_own_with_parts():
     assert_close(moments["kernel"].mu.value, 0.25 * np.ones(SHAPE), "contracted")
 
 
+def test_a_storage_of_ones_own_in_integers():
+    """Of the leaf's own shape."""
+    integers = Storage(
+        save=lambda moment, leaf: jnp.round(moment * 64).astype(jnp.int8),
+        load=lambda stored, leaf: stored.astype(leaf.dtype) / 64,
+    )
+    grads = {"kernel": jnp.full(SHAPE, -0.5), "bias": jnp.full(3, 0.5)}
+    tx = adam_jax.scale_by_moments(0.5, None, mu_storage=integers)
+    _, state = tx.update(grads, tx.init(grads))
+    assert state.mu["kernel"].dtype == jnp.int8
+    moments, _ = tx.update(grads, state)
+    np.testing.assert_array_equal(moments["kernel"].mu.value, jnp.full(SHAPE, -0.375))
+
+
 ADAM8 = adam_jax.adam(1e-3, mu_storage=storage.int8())
 
 
