@@ -53,7 +53,7 @@ class Slot(NamedTuple):
                 f"become 0 in it, and the steps very large. Use adam_jax.storage.int8(), or "
                 f"adam_jax.storage.stochastic() for bfloat16."
             )
-        if storage.parts is not None and storage.parts._fields[-1] != "whole":
+        if storage.parts is not None and getattr(storage.parts, "_fields", ())[-1:] != ("whole",):
             raise ValueError(f"The last of a storage's parts must be whole, got {storage.parts}.")
         return cls(stage, moment, storage)
 
@@ -72,6 +72,7 @@ class Slot(NamedTuple):
                 # Unless it is kept from knowing them, XLA works out the codes of constants in
                 # compilation.
                 new = self.storage.save(jax.lax.optimization_barrier(full), leaf)
+                self._check_saved(new, leaf)
                 stored.append(jax.tree.map(lambda part, p=param: _beside(part, p), new))
             else:
                 stored.append(self._whole(full))
@@ -140,6 +141,15 @@ class Slot(NamedTuple):
         """From what is stored of each leaf to what a state keeps."""
         parts = [[self._parts_of(leaf)[i] for leaf in stored] for i in range(len(self._names))]
         return self._of_parts([structure.unflatten(part) for part in parts])
+
+    def _check_saved(self, new: Any, leaf: Leaf) -> None:
+        parts, saved = self.storage.parts, jax.tree.structure(new)
+        if not (isinstance(new, parts) if parts else jax.tree_util.treedef_is_leaf(saved)):
+            due = parts.__name__ if parts else "one array"
+            raise TypeError(
+                f"{self.moment}_storage must save {due} of {leaf.path!r}, but saved "
+                f"{type(new).__name__}: several arrays are named by the parts of a Storage."
+            )
 
     # --- Whether a state was made with this storage, for parameters like the gradients.
 

@@ -975,6 +975,16 @@ WRONG = {
         ValueError,
         "last of a storage's parts must be whole",
     ),
+    "parts that are no NamedTuple": (
+        refused(mu_storage=halves(tuple)),
+        ValueError,
+        "last of a storage's parts must be whole",
+    ),
+    "parts that are not named": (
+        refused(mu_storage=halves(None)),
+        TypeError,
+        "'a/w'.*parts",
+    ),
     "a missing gradient": (
         lambda: ADAM8.update({}, ADAM8.init({"w": jnp.ones(SHAPE)})),
         ValueError,
