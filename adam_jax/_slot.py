@@ -178,13 +178,20 @@ class Slot(NamedTuple):
         for path in {path: None for tree in (*trees, grad_at) for path in tree}:
             stored = [tree.get(path, NOTHING) for tree in trees]
             was, now = map(self._kind, (stored, self._due(leaf_at.get(path, NOTHING), stored)))
-            if was != now:
+            if was == now:
+                continue
+            grad = kind(grad_at.get(path, NOTHING))
+            if grad in ("None", NOTHING) or set(map(kind, stored)) <= {"None", NOTHING}:
                 raise ValueError(
                     f"{self.stage} got gradients that do not match the parameters of init(): the "
-                    f"leaf{at(path)} is kept as {was}, and its gradient, which is "
-                    f"{kind(grad_at.get(path, NOTHING))}, as {now}. (If the shapes are right, the "
-                    f"state was made with another {self.moment}_storage.)"
+                    f"leaf{at(path)} is kept as {was}, and its gradient is {grad}."
                 )
+            raise ValueError(
+                f"{self.stage} got a state that does not fit: the leaf{at(path)} is kept as {was}, "
+                f"and this {self.moment}_storage keeps its gradient, {grad}, as {now}. Give the "
+                f"storage that the state was made with, and gradients shaped like the parameters "
+                f"of init()."
+            )
 
     def _due(self, leaf: Any, stored: list[Any]) -> tuple:
         """What should be stored for a gradient, whole if it is whole."""

@@ -1009,3 +1009,30 @@ def test_integers_of_numpy_are_integers():
     tx = adam_jax.adam(1e-3, nu_storage=storage.int8(np.int64(16), seed=np.uint8(3)))
     state = jax.eval_shape(tx.init, jnp.ones(4096))
     assert state[0].nu.scales.shape == (256,)
+
+
+HOW = STORAGES | {"plain": None, "rows": ROWS, "int8 in 64": storage.int8(64)}
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        ("plain", "int8"),
+        ("int8", "plain"),
+        ("int8", "factored"),
+        ("factored", "int8"),
+        ("int8", "int4"),
+        ("int4", "int8"),
+        ("int8", "int8 in 64"),
+        ("block_mean", "rows"),
+        ("block_mean", "factored"),
+    ],
+)
+def test_a_state_of_another_storage(was, now):
+    """The error says so, and does not blame the gradients alone."""
+    params = {"w": jnp.ones(SHAPE)}
+    before, after = (adam_jax.adam(1e-3, nu_storage=HOW[name]) for name in (was, now))
+    state = jax.eval_shape(before.init, params)
+    with pytest.raises(ValueError, match=r"^scale_by_moments got a state .*nu_storage") as caught:
+        jax.eval_shape(after.update, params, state)
+    assert "the storage that the state was made with" in str(caught.value)
