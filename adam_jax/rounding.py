@@ -28,7 +28,7 @@ import optax
 
 from adam_jax._bits import check_seed, random_bits, rounded_at_random
 from adam_jax._numbers import increment
-from adam_jax._tree import at, check_match
+from adam_jax._tree import NOTHING, at, check_match, kind, leaves_by_path
 from adam_jax.signal import check_updates, map_updates
 
 
@@ -184,6 +184,7 @@ def compensate(
             return save(_finite(whole - _wide(new)), new)
 
         _check_updates("compensate", updates, params)
+        _check_residual(state.residual, params)
         trees = updates, params, state.residual
         rounded = map_updates("compensate", landing, *trees)
         return rounded, CompensateState(map_updates("compensate", left, *trees))
@@ -241,3 +242,17 @@ def _check_updates(stage: str, updates: optax.Updates, params: optax.Params | No
     if params is None:
         raise ValueError(f"{stage} needs the parameters: pass params to update().")
     check_match(stage, params, updates)
+
+
+def _check_residual(residual: Any, params: optax.Params) -> None:
+    """A residual belongs to a low-precision parameter of its shape."""
+    kept = leaves_by_path(residual)
+    for path, param in leaves_by_path(params).items():
+        was = kept.get(path, NOTHING)
+        now = param if param is not None and _is_low(param) else None
+        if kind(was) != kind(now):
+            raise ValueError(
+                f"compensate got a parameter{at(path)} that is {jnp.result_type(param)} of shape "
+                f"{jnp.shape(param)}, and a residual that is {kind(was)}: the state was made for "
+                f"other parameters. Make it anew with init()."
+            )

@@ -264,6 +264,25 @@ def test_updates_of_another_shape(tx, dtype, update, found):
         tx.update(updates, tx.init(params), params)
 
 
+@pytest.mark.parametrize("residual", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (jnp.ones(1, "bfloat16"), jnp.ones(3, "bfloat16")),
+        (jnp.ones(4, "bfloat16"), jnp.ones(3, "bfloat16")),
+        (jnp.ones(3), jnp.ones(3, "bfloat16")),
+        (jnp.ones(3, "bfloat16"), jnp.ones(3)),
+    ],
+    ids=["one", "four", "wide before", "wide now"],
+)
+def test_the_residual_of_other_parameters(residual, was, now):
+    """It would be added to all of them, or, where there is none, the rounding left out."""
+    tx = adam_jax.compensate(residual)
+    message = rf"^compensate got a parameter at \['w'\] that is {now.dtype} of shape \(3,\)"
+    with pytest.raises(ValueError, match=message):
+        tx.update({"w": jnp.ones(3)}, tx.init({"w": was}), {"w": now})
+
+
 def moments_then(stage):
     tx = optax.chain(adam_jax.scale_by_moments(), stage)
     return lambda: tx.update(jnp.ones(1), tx.init(jnp.ones(1)), jnp.ones(1))
