@@ -121,13 +121,15 @@ BUILDING = {
     ),
     "mu_dtype an integer": (
         lambda: adam_jax.adam(1e-3, mu_dtype="int8"),
-        ValueError,
-        "mu_dtype must be a floating-point or complex dtype, got 'int8'.",
+        TypeError,
+        "mu_storage must be a Storage, such as adam_jax.storage.int8(), or a floating-point dtype, "
+        "got 'int8'.",
     ),
-    "nu_dtype complex": (
-        lambda: adam_jax.adam(1e-3, nu_dtype="complex64"),
-        ValueError,
-        "nu_dtype must be a floating-point dtype, got 'complex64'.",
+    "nu_storage complex": (
+        lambda: adam_jax.adam(1e-3, nu_storage="complex64").init({"w": jnp.ones(2)}),
+        TypeError,
+        "nu of the parameter at 'w' is float32 and cannot be kept in complex64: treat this "
+        "parameter apart with optax.partition.",
     ),
     "neither moment": (
         lambda: adam_jax.scale_by_moments(None, None),
@@ -271,8 +273,8 @@ RUNNING = {
     "complex parameter, real mu_dtype": (
         lambda: adam_jax.adam(1e-3, mu_dtype="bfloat16").init({"w": jnp.ones(2, "complex64")}),
         TypeError,
-        "scale_by_moments cannot keep the first moment of the complex64 parameter at ['w'] in "
-        "mu_dtype=bfloat16: treat it apart with optax.partition.",
+        "mu of the parameter at 'w' is complex64 and cannot be kept in bfloat16: treat this "
+        "parameter apart with optax.partition.",
     ),
     "a gradient missing": (
         lambda: updated(adam_jax.adam(1e-3), without("bias")),
