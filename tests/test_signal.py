@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import assert_close
 
 import adam_jax
+from adam_jax._tree import traced_once
 
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 
@@ -384,3 +386,139 @@ def test_numbers_of_every_kind():
         updates, _ = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
         assert updates.dtype == jnp.float32
         assert updates[0] == pytest.approx(-0.5, rel=1e-4)
+
+
+# --- The law of the weights -----------------------------------------------------------------------
+
+AVERAGING = {
+    "debias": adam_jax.debias(),
+    "debias mu": adam_jax.debias(nu=False),
+    "debias nu": adam_jax.debias(mu=False),
+    "nesterov": adam_jax.nesterov(),
+    "nesterov of a schedule": adam_jax.nesterov(lambda count: 1 - 1 / (count.astype(float) + 2)),
+    "running_max": adam_jax.running_max(),
+    "center": adam_jax.center(),
+    "delay": adam_jax.delay(),
+    "floor": adam_jax.floor(eps=1e-3),
+    "interpolate": adam_jax.interpolate(0.5),
+    "interpolate(0)": adam_jax.interpolate(0.0),
+    "mix_slow_moment": adam_jax.mix_slow_moment(0.75, 2.0),
+    "cautious": adam_jax.cautious(),
+}
+DIVIDING = {
+    "normalize": adam_jax.normalize(),
+    "bias_correct": adam_jax.bias_correct(eps=0.0),
+    "bias_correct, eps_hat": adam_jax.bias_correct(eps=0.0, eps_hat=True),
+    "rectify": adam_jax.rectify(),
+    "atan2": adam_jax.atan2(),
+    "first_moment": adam_jax.first_moment(),
+}
+DECAYS = {
+    "numbers": (0.9, 0.999),
+    "schedules": (
+        lambda count: 1 - 1 / (count.astype(float) + 3) ** 2,
+        lambda count: 0.99 - 0.5 / (count.astype(float) + 1),
+    ),
+    "arrays": (np.asarray(0.9), np.asarray(0.999)),
+}
+STEPS = 4
+
+
+def after(stages, decays):
+    """What the last of some stages emits at each step, for a gradient that stays 1."""
+    tx = optax.chain(adam_jax.scale_by_moments(*decays), *stages)
+    state = tx.init(jnp.ones(()))
+    for _ in range(STEPS):
+        emitted, state = tx.update(jnp.ones(()), state)
+        yield emitted
+
+
+def is_one(names, steady):
+    """Whether the debiased average of the constant gradient 1 is 1 after these stages.
+
+    Two stages change what is averaged. `mix_slow_moment` adds its share. `nesterov` is Dozat's
+    formula, whose two weights sum to 1 only for a debiased average, and only if the next rate is
+    the same.
+    """
+    one, debiased = True, False
+    for name in names:
+        if name == "mix_slow_moment":
+            one = False
+        elif name in ("center", "interpolate", "interpolate(0)"):
+            one, debiased = True, name != "interpolate"
+            steady = steady or name != "center"  # its rate stays
+        elif name in ("debias", "debias mu"):
+            debiased = True
+        elif name.startswith("nesterov"):
+            one, debiased = one and debiased and steady and name == "nesterov", True
+    return one
+
+
+@pytest.mark.parametrize("decays", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("first", AVERAGING)
+def test_every_stage_before_every_other(first, decays, x64):
+    """next_weight = 1 - next_decay (1 - weight), and the average of a constant is that constant.
+
+    In float64, to "algebra": the closed form 1 - b**t differs from the recursion by a few
+    roundings of 1, and 1 - b2 is 1e-3.
+    """
+    steady = decays is not DECAYS["schedules"]
+    for second in [name for name in AVERAGING if (first, name) != ("delay", "delay")]:
+        for moments in after([AVERAGING[first], AVERAGING[second]], decays):
+            for average in (moments.mu, moments.nu):
+                law = 1 - average.next_decay * (1 - average.weight)
+                assert_close(average.next_weight, law, "algebra")
+            if is_one([first, second], steady):
+                assert_close(moments.mu.debiased().value, 1.0, "algebra")
+
+
+@pytest.mark.parametrize("decays", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("first", AVERAGING)
+def test_every_stage_before_every_division(first, decays, x64):
+    """Every direction is finite, and 1 where both averages of the constant 1 are 1."""
+    steady = decays is not DECAYS["schedules"]
+    of_ones = is_one([first], steady) and first not in ("center", "delay")
+    for last in DIVIDING:
+        for direction in after([AVERAGING[first], DIVIDING[last]], decays):
+            assert jnp.isfinite(direction)
+            if of_ones and last in ("bias_correct", "bias_correct, eps_hat", "atan2"):
+                assert_close(direction, 1.0, "algebra")
+
+
+def test_what_is_not_one():
+    """The exceptions of `is_one`, with b1 = 0.9 and a gradient of 1, as their formulas give them.
+
+    (The stage that is given a schedule has its rates 1/2, 2/3, 3/4 and so its weights 1/2, 5/6.)
+    """
+    stages, numbers = AVERAGING, DECAYS["numbers"]
+    for names, expected in {
+        ("nesterov",): 0.9 * 0.1 / 0.19 + 0.1 / 0.1,
+        ("nesterov of a schedule",): 2 / 3 * 0.1 / (1 - 1 / 2 * 2 / 3) + 1 / 2 / (1 / 2),
+        ("debias", "nesterov of a schedule"): 2 / 3 + 1 / 2,
+        ("center", "nesterov of a schedule"): 2 / 3 + 1 / 2,
+        ("interpolate", "nesterov"): 0.5 * 0.5 / 0.75 + 0.5 / 0.5,
+        ("nesterov", "nesterov"): 0.9 * (0.9 * 0.1 / 0.19 + 1) + 0.1,
+        ("mix_slow_moment", "debias"): (0.1 + 2 * 0.25) / 0.1,
+        ("debias", "mix_slow_moment"): 1 + 2 * 0.25,
+    }.items():
+        moments = next(after([stages[name] for name in names], numbers))
+        assert float(moments.mu.debiased().value) == pytest.approx(expected, rel=1e-6), names
+
+
+# --- Tracing a leaf once --------------------------------------------------------------------------
+
+
+def test_traced_once_remembers_the_numbers_of_every_shape():
+    """What is a Python number in the result belongs to the shape it came from."""
+    ranks = traced_once(lambda x: (x, float(x.ndim)))
+
+    @jax.jit
+    def traced(*arrays):
+        results = [ranks(x) for x in arrays]
+        assert [rank for _, rank in results] == [1.0, 2.0, 1.0]
+        assert all(type(rank) is float for _, rank in results)
+        return [x for x, _ in results]
+
+    arrays = jnp.ones(2), jnp.ones((2, 2)), jnp.zeros(2)
+    for array, result in zip(arrays, traced(*arrays), strict=True):
+        np.testing.assert_array_equal(array, result)
