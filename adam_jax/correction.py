@@ -254,7 +254,8 @@ def delay() -> optax.GradientTransformationExtraArgs:
       A stateless gradient transformation from `Moments` to `Moments`.
 
     Raises:
-      TypeError: in `update`, if it gets plain updates instead of `Moments`.
+      TypeError: in `update`, if it gets plain updates instead of `Moments`, or there is a `delay`
+        before it.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -271,6 +272,11 @@ def delay() -> optax.GradientTransformationExtraArgs:
 
     def delayed(moments: Moments) -> Moments:
         nu = kept_nu(moments).previous
+        if nu is None:
+            raise TypeError(
+                "delay takes up what came into scale_by_moments, and an earlier delay has taken it "
+                "already: leave one of the two out."
+            )
         unknown = jnp.asarray(nu.weight) == 0
         nu = nu._replace(
             value=jnp.where(unknown, jnp.inf, nu.value),

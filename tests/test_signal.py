@@ -505,6 +505,11 @@ def test_what_is_not_one():
         assert float(moments.mu.debiased().value) == pytest.approx(expected, rel=1e-6), names
 
 
+def test_a_second_delay_is_refused():
+    with pytest.raises(TypeError, match="delay takes up what came into scale_by_moments"):
+        next(after([adam_jax.delay(), adam_jax.delay()], (0.9, 0.999)))
+
+
 # --- Tracing a leaf once --------------------------------------------------------------------------
 
 
