@@ -208,8 +208,11 @@ class Weight(NamedTuple):
 
     @property
     def positive(self) -> jax.Array:
-        """The weight to divide by: rates of exactly 1 have gathered none, and moments of 0."""
-        return jnp.maximum(self.value, jnp.finfo(self.value.dtype).tiny)
+        """The weight to divide by: rates of exactly 1 have gathered none, and moments of 0.
+
+        The least weight that a rate below 1 can gather in this dtype, so that no other is changed.
+        """
+        return jnp.maximum(self.value, jnp.finfo(self.value.dtype).epsneg)
 
     @property
     def length(self) -> jax.Array:

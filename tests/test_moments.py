@@ -1,8 +1,10 @@
 """scale_by_moments: what it keeps, in which dtype, for which trees, under which rates."""
 
 import dataclasses
+import inspect
 from typing import NamedTuple
 
+import chains
 import chex
 import jax
 import jax.numpy as jnp
@@ -323,6 +325,44 @@ def test_nesterov_looks_at_the_next_rate(x64):
         product *= now
         direction = ahead * m / (1 - product * ahead) + (1 - now) * g / (1 - product)
         assert_close(update, -direction / np.sqrt(v / (1 - 0.999 ** (t + 1))), "reference")
+
+
+MEMBERS = chains.members()
+WINDOWS = {"at the start": (0, 2), "in the middle": (1, 3), "always": (0, 9)}
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("name", [n for n in MEMBERS if "momentum" not in n and n != "sgd"])
+def test_a_rate_of_exactly_one_in_a_schedule(name, window):
+    """It keeps an average as it is, at the start the initial one, of weight 0: no NaN from that."""
+
+    def rate(count):
+        return jnp.where((count >= window[0]) & (count < window[1]), 1.0, 0.9)
+
+    rates = [
+        b for b in ("b1", "b2", "b3", "decay") if b in inspect.signature(MEMBERS[name]).parameters
+    ]
+    if name == "lion":
+        rates = ["b2"]  # the other is no schedule
+    options = {"rmsprop": {"centered": True, "bias_correction": True}}.get(name, {})
+    grads = jnp.asarray([1e3, -2.0, 0.0])
+    for moving in [[b] for b in rates] + [rates]:
+        tx = MEMBERS[name](1.0, **dict.fromkeys(moving, rate), **options)
+        state = tx.init(grads)
+        for _ in range(4):
+            updates, state = tx.update(grads, state, grads)
+            assert jnp.isfinite(updates).all(), (moving, updates)
+        chex.assert_tree_all_finite(state)
+
+
+def test_cautious_with_a_rate_of_one_under_jit():
+    """Where XLA joins the two divisions of the first moment, their divisor must not underflow."""
+    tx = adam_jax.cautious_adamw(1.0, b1=lambda count: jnp.ones(()))
+    grads = jnp.asarray([1.0, -2.0, 0.5])
+    state, step = tx.init(grads), jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = step(grads, state, grads)
+        assert jnp.isfinite(updates).all()
 
 
 def test_a_rule_of_ones_own():
