@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import chains
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -377,3 +378,152 @@ def test_a_rule_of_ones_own():
     for _ in range(2):
         moments, state = stage.update(jnp.full(1, -4.0), state)
     chex.assert_trees_all_equal(moments.nu.value, jnp.full(1, 9.0))
+
+
+# --- One state for every kind of rate -------------------------------------------------------------
+
+GRADS = np.random.default_rng(0).uniform(0.5, 1.5, size=(8, 3))
+KINDS = {
+    "number": lambda b1, b2: adam_jax.adam(1.0, b1, b2, eps=0.0),
+    "array": lambda b1, b2: adam_jax.adam(1.0, jnp.asarray(b1), jnp.asarray(b2), eps=0.0),
+    "schedule": lambda b1, b2: adam_jax.adam(
+        1.0, lambda t: b1 + 0.0 * t.astype(float), lambda t: b2 - 1e-3 * t.astype(float), eps=0.0
+    ),
+    "injected": lambda b1, b2: optax.inject_hyperparams(adam_jax.adam)(1.0, b1, b2, eps=0.0),
+}
+
+
+def exact(rates):
+    """Adam's last update in float64 NumPy, for a history of rates."""
+    m = v = 0.0
+    left_m = left_v = 1.0
+    for (b1, b2), g in zip(rates, GRADS, strict=False):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        left_m, left_v = left_m * b1, left_v * b2
+    return -m / (1 - left_m) / np.sqrt(v / (1 - left_v))
+
+
+@pytest.mark.parametrize("before", KINDS)
+@pytest.mark.parametrize("after", KINDS)
+def test_a_running_job_goes_on_with_other_rates(before, after, x64):
+    """From any kind of rate to any other: the state fits, and the correction is that of history."""
+    rates = {before: (0.9, 0.999), after: (0.8, 0.99)} if before != after else {}
+    state = adam_jax.adam(1.0).init(jnp.zeros(3))
+    history = []
+    for start, kind in ((0, before), (4, after)):
+        b1, b2 = rates.get(kind, (0.9, 0.999) if start == 0 else (0.8, 0.99))
+        tx = KINDS[kind](b1, b2)
+        if kind == "injected":
+            state = tx.init(jnp.zeros(3))._replace(inner_state=state)
+        for t in range(start, start + 4):
+            history.append((b1, b2 - 1e-3 * t) if kind == "schedule" else (b1, b2))
+            updates, state = tx.update(jnp.asarray(GRADS[t]), state)
+            np.testing.assert_allclose(updates, exact(history), rtol=1e-6)
+        state = state.inner_state if kind == "injected" else state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_the_same_for_every_kind_of_rate(kind):
+    """Three scalars more a moment than the weight itself, and two counts."""
+    number, state = KINDS["number"](0.9, 0.999), KINDS[kind](0.9, 0.999).init(jnp.zeros(3))
+    state = state.inner_state if kind == "injected" else state
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, number.init(jnp.zeros(3)))
+    assert sum(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(state)) == 1 + 2 * 4 + 1
+
+
+def test_a_checkpoint_keeps_the_correction_of_a_number():
+    """To the letter: the rate it was made with is still known to be the only one."""
+    tx, theirs = adam_jax.adam(1e-2), optax.adam(1e-2)
+    params = random_params()
+    state, their_state = tx.init(params), theirs.init(params)
+    step, their_step = jax.jit(tx.update), jax.jit(theirs.update)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        grads = random_grads(params, rng)
+        state = flax.serialization.from_bytes(tx.init(params), flax.serialization.to_bytes(state))
+        updates, state = step(grads, state)
+        with jax.numpy_dtype_promotion("standard"):
+            their_updates, their_state = their_step(grads, their_state)
+        chex.assert_trees_all_equal(updates, their_updates)
+
+
+# --- The contract with optax ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_injected_is_the_same_as_not_injected(name):
+    """Updates and the whole state inside, in structure and values, as optax's own tests ask."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    plain, injected = MEMBERS[name](0.1), optax.inject_hyperparams(MEMBERS[name])(0.1)
+    state, wrapped = plain.init(params), injected.init(params)
+    for scale in (1.0, -0.5):
+        grads = jax.tree.map(lambda p, s=scale: s * p, params)
+        updates, state = plain.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            others, wrapped = injected.update(grads, wrapped, params)
+        assert_close(others, updates, "float32 rate")
+        chex.assert_trees_all_equal_shapes_and_dtypes(wrapped.inner_state, state)
+        assert_close(wrapped.inner_state, state, "float32 rate")
+
+
+@pytest.mark.parametrize("eps_root", [0.0, 1e-12])
+@pytest.mark.parametrize("name", ["adam", "nadam"])
+def test_without_epsilon_bitwise_optax(name, eps_root):
+    """Where the gradient is not 0; where it is, optax divides 0 by 0, and here the update is 0."""
+    params = {"w": jnp.zeros((13, 7)), "zero": jnp.zeros(3)}
+    ours, theirs = (
+        getattr(library, name)(1e-2, eps=0.0, eps_root=eps_root) for library in (adam_jax, optax)
+    )
+    state, their_state = ours.init(params), theirs.init(params)
+    step, their_step = jax.jit(ours.update), jax.jit(theirs.update)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        grads = random_grads(params, rng) | {"zero": jnp.zeros(3)}
+        updates, state = step(grads, state)
+        with jax.numpy_dtype_promotion("standard"):
+            their_updates, their_state = their_step(grads, their_state)
+        chex.assert_trees_all_equal(updates["w"], their_updates["w"])
+        chex.assert_trees_all_equal(jnp.abs(updates["zero"]), jnp.zeros(3))
+
+
+# --- How wide an update is ------------------------------------------------------------------------
+
+WIDTHS = {  # parameter, gradient: update with the parameters, without
+    ("float32", "bfloat16"): ("float32", "float32"),
+    ("float32", "float16"): ("float32", "float32"),
+    ("bfloat16", "bfloat16"): ("bfloat16", "float32"),
+    ("float16", "float16"): ("float16", "float32"),
+    ("bfloat16", "float32"): ("float32", "float32"),
+    ("complex64", "complex64"): ("complex64", "complex64"),
+}
+
+
+@pytest.mark.parametrize(("kinds", "expected"), WIDTHS.items())
+@pytest.mark.parametrize("name", ["adam", "adamw", "radam", "adam_atan2", "lion", "laprop"])
+def test_width_of_the_updates(name, kinds, expected):
+    """As wide as the parameters and gradients; without the parameters, as wide as the moments."""
+    param, grad = (jnp.ones(3, kind) for kind in kinds)
+    tx = MEMBERS[name](1e-7, **({"weight_decay": None} if name == "lion" else {}))
+    updates = [jax.eval_shape(tx.update, grad, tx.init(param), param)[0]]
+    if name != "adamw":
+        updates.append(jax.eval_shape(tx.update, grad, tx.init(param))[0])
+    for update, dtype in zip(updates, expected, strict=False):
+        assert update.dtype == dtype
+
+
+def test_small_steps_of_float16_gradients_are_not_lost():
+    params, grads = jnp.ones(1000), jnp.linspace(-1, 1, 1000).astype(jnp.float16)
+    tx = adam_jax.adam(1e-7)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates, -1e-7 * np.sign(np.float32(grads)), rtol=1e-4)
+
+
+def test_parameters_of_another_structure():
+    """A whole model, of which only the arrays have gradients: functions stay beside them."""
+    arrays = {"w": jnp.ones(3), "f": None}
+    model = {"w": jnp.ones(3), "f": jnp.tanh}
+    tx = adam_jax.adam(0.1)
+    expected, _ = tx.update(arrays, tx.init(arrays), arrays)
+    for params in (model, {"w": (jnp.ones(3), jnp.tanh), "f": 1}, [jnp.tanh], jnp.tanh, ()):
+        updates, _ = tx.update(arrays, tx.init(arrays), params)
+        chex.assert_trees_all_equal(updates, expected)
