@@ -384,10 +384,13 @@ def scale_by_moments(
             last_nu = None if last_nu is None else last_nu.astype(real(dtype))
             rates = mu and mu.decay, nu and nu.decay
             new_mu, new_nu = averaged(grad.astype(dtype), last_mu, last_nu, *rates)
-            if new_nu is not None and (new_nu.shape, new_nu.dtype) != (grad.shape, real(dtype)):
+            due = grad.shape, real(dtype)
+            got = getattr(new_nu, "shape", None), getattr(new_nu, "dtype", None)
+            if last_nu is not None and got != due:
+                returned = f"{got[0]} and {got[1]}" if got[1] is not None else repr(new_nu)
                 raise ValueError(
-                    f"second_moment must keep the shape and dtype of nu, {grad.shape} and "
-                    f"{real(dtype)}, but{at(path)} it returned {new_nu.shape} and {new_nu.dtype}."
+                    f"second_moment must keep the shape and dtype of nu, {due[0]} and {due[1]}, "
+                    f"but{at(path)} it returned {returned}."
                 )
             return Moments(
                 grad=grad,

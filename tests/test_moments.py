@@ -380,6 +380,28 @@ def test_a_rule_of_ones_own():
     chex.assert_trees_all_equal(moments.nu.value, jnp.full(1, 9.0))
 
 
+WRONG_RULES = {
+    "shape": (lambda grad, mu, nu, decay: nu.sum(), r"\(\) and float32"),
+    "dtype": (lambda grad, mu, nu, decay: nu.astype(jnp.bfloat16), r"\(3,\) and bfloat16"),
+    "complex": (lambda grad, mu, nu, decay: nu.astype("complex64"), r"\(3,\) and complex64"),
+    "nothing": (lambda grad, mu, nu, decay: None, "None"),
+    "number": (lambda grad, mu, nu, decay: 1.0, "1.0"),
+}
+
+
+@pytest.mark.parametrize(("rule", "returned"), WRONG_RULES.values(), ids=WRONG_RULES)
+@pytest.mark.parametrize("wrap", [jax.jit, lambda update: update], ids=["jit", "eager"])
+def test_a_rule_that_keeps_neither_shape_nor_dtype(rule, returned, wrap):
+    """At the first update, not at the second, where the gradients would be blamed."""
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    stage = adam_jax.scale_by_moments(second_moment=rule)
+    message = (
+        rf"^second_moment must keep .* \(3,\) and float32, but at \['a'\] it returned {returned}"
+    )
+    with pytest.raises(ValueError, match=message):
+        wrap(stage.update)(params, stage.init(params))
+
+
 # --- One state for every kind of rate -------------------------------------------------------------
 
 GRADS = np.random.default_rng(0).uniform(0.5, 1.5, size=(8, 3))
