@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from adam_jax._numbers import accumulator, real
+from adam_jax._numbers import accumulator, check_dtype, real
 from adam_jax._tree import NOTHING, at, check_match, kind, leaves_by_path, place
 from adam_jax.storage import Leaf, Storage, cast
 
@@ -36,7 +36,8 @@ class Slot(NamedTuple):
             return cls(stage, moment, FULL)
         if not isinstance(storage, Storage):
             try:
-                storage = cast(storage)
+                kinds = jnp.inexact if moment == "mu" else jnp.floating
+                storage = cast(check_dtype(name, storage, kinds))
             except ValueError:
                 raise TypeError(
                     f"{name} must be a Storage, such as adam_jax.storage.int8(), or a "

@@ -128,10 +128,10 @@ BUILDING = {
         "got 'int8'.",
     ),
     "nu_storage complex": (
-        lambda: adam_jax.adam(1e-3, nu_storage="complex64").init({"w": jnp.ones(2)}),
+        lambda: adam_jax.adam(1e-3, nu_storage="complex64"),
         TypeError,
-        "nu of the parameter at 'w' is float32 and cannot be kept in complex64: treat this "
-        "parameter apart with optax.partition.",
+        "nu_storage must be a Storage, such as adam_jax.storage.int8(), or a floating-point dtype, "
+        "got 'complex64'.",
     ),
     "neither moment": (
         lambda: adam_jax.scale_by_moments(None, None),
