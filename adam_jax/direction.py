@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from adam_jax._numbers import Scalar, check_bool, check_hyperparameter, scalar
 from adam_jax.signal import Average, Moments, kept_nu, to_updates
@@ -147,8 +148,8 @@ def rectify(
     eps = check_hyperparameter("eps", eps)
     eps_root = check_hyperparameter("eps_root", eps_root)
     threshold = check_hyperparameter("threshold", threshold)
-    if isinstance(threshold, float) and threshold < 4:
-        raise ValueError(f"threshold must be at least 4, got {threshold!r}.")
+    if not isinstance(threshold, Tracer) and threshold < 4:
+        raise ValueError(f"threshold must be at least 4, got {float(threshold)!r}.")
 
     eps_hat = check_bool("eps_hat", eps_hat)
 

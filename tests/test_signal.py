@@ -153,6 +153,11 @@ BUILDING = {
         ValueError,
         "threshold must be at least 4, got 3.0.",
     ),
+    "a threshold without a root, an array": (
+        lambda: adam_jax.rectify(threshold=jnp.float32(3)),
+        ValueError,
+        "threshold must be at least 4, got 3.0.",
+    ),
     "a momentum for the stage nesterov": (
         lambda: adam_jax.nesterov(0.9),
         TypeError,
