@@ -1,7 +1,10 @@
 """Wrong calls: each says what was wrong and what to do, when the stage is built if it can."""
 
+import functools
+import inspect
 import math
 
+import chains
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -532,3 +535,223 @@ def test_traced_once_remembers_the_numbers_of_every_shape():
     arrays = jnp.ones(2), jnp.ones((2, 2)), jnp.zeros(2)
     for array, result in zip(arrays, traced(*arrays), strict=True):
         np.testing.assert_array_equal(array, result)
+
+
+# --- What must not stand between two stages -------------------------------------------------------
+
+PAIR = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.arange(1.0, 4.0)}
+BETWEEN = {
+    # Arithmetic on every array of the signal: told where to go.
+    "scale": (optax.scale(0.5), "told"),
+    "scale by 1": (optax.scale(1.0), "told"),
+    "scale_by_learning_rate": (optax.scale_by_learning_rate(0.1), "told"),
+    "clip": (optax.clip(0.01), "told"),
+    "normalize_by_update_norm": (optax.normalize_by_update_norm(), "told"),
+    "masked scale": (optax.masked(optax.scale(0.5), {"w": True, "b": False}), "told"),
+    # These fail by themselves, because the signal has numbers in it or another structure than the
+    # parameters.
+    "scale_by_schedule": (optax.scale_by_schedule(lambda count: 0.5), "fails"),
+    "clip_by_global_norm": (optax.clip_by_global_norm(1.0), "fails"),
+    "clip_by_block_rms": (optax.clip_by_block_rms(1.0), "fails"),
+    "add_noise": (optax.add_noise(0.1, 0.1, 0), "fails"),
+    "centralize": (optax.centralize(), "fails"),
+    "scale_by_sign": (optax.scale_by_sign(), "fails"),
+    "trace": (optax.trace(0.9), "fails"),
+    "ema": (optax.ema(0.9), "fails"),
+    "apply_every": (optax.apply_every(2), "fails"),
+    "scale_by_adam": (optax.scale_by_adam(), "fails"),
+    "add_decayed_weights": (optax.add_decayed_weights(0.1), "fails"),
+    "scale_by_trust_ratio": (optax.scale_by_trust_ratio(), "fails"),
+    # These hand the moments on as they are.
+    "identity": (optax.identity(), "harmless"),
+    "zero_nans": (optax.zero_nans(), "harmless"),
+    "masked identity": (optax.masked(optax.identity(), {"w": True, "b": False}), "harmless"),
+    "apply_if_finite": (optax.apply_if_finite(optax.identity(), 3), "harmless"),
+    # Stages of ours in the wrappers of optax.
+    "masked debias": (optax.masked(adam_jax.debias(), {"w": True, "b": False}), "harmless"),
+    "partition": (
+        optax.partition(
+            {"a": adam_jax.debias(), "b": adam_jax.floor(eps=0.0)}, {"w": "a", "b": "b"}
+        ),
+        "harmless",
+    ),
+    "conditionally_mask": (
+        optax.conditionally_mask(adam_jax.debias(), lambda step: step >= 0),
+        "harmless",
+    ),
+    "conditionally_transform": (
+        optax.conditionally_transform(adam_jax.debias(), lambda step: step < 0),
+        "harmless",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, lambda update: update], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_stages_of_optax_between_the_moments_and_their_division(name, wrap):
+    stage, outcome = BETWEEN[name]
+    moments, divide = adam_jax.scale_by_moments(), adam_jax.bias_correct()
+    tx = optax.chain(moments, stage, divide)
+    state = tx.init(PAIR)
+    with jax.numpy_dtype_promotion("standard"):
+        if outcome == "harmless":
+            updates, _ = wrap(tx.update)(PAIR, state, PAIR)
+            plain = optax.chain(moments, divide)
+            expected, _ = plain.update(PAIR, plain.init(PAIR), PAIR)
+            np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
+            np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-6)
+            return
+        with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
+            wrap(tx.update)(PAIR, state, PAIR)
+    if outcome == "told":
+        leaf = "w" if name.startswith("masked") else "b"
+        assert type(caught.value) is TypeError
+        assert str(caught.value) == (
+            f"bias_correct got Moments at ['{leaf}'] that a stage in between took for updates and "
+            "did arithmetic on, such as optax.scale or optax.clip: put it before "
+            "adam_jax.scale_by_moments(...), where it acts on the gradients, or after "
+            "adam_jax.bias_correct(...), where it acts on the update."
+        )
+
+
+@pytest.mark.parametrize("stage", [optax.scale(0.5), optax.scale_by_learning_rate(0.1)])
+def test_arithmetic_between_two_stages_under_strict_promotion(stage):
+    for second in (adam_jax.debias(), adam_jax.running_max(), adam_jax.first_moment()):
+        tx = optax.chain(adam_jax.scale_by_moments(), stage, second)
+        with pytest.raises(TypeError, match=r"put it before adam_jax.scale_by_moments"):
+            tx.update(PAIR, tx.init(PAIR))
+
+
+STORED = {
+    "mu": {"mu_storage": jnp.bfloat16},
+    "nu": {"nu_storage": adam_jax.storage.int8()},
+    "means": {"nu_storage": adam_jax.storage.factored()},
+    "float32": {"mu_storage": jnp.float32},
+}
+
+
+@pytest.mark.parametrize("options", STORED.values(), ids=STORED)
+@pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, lambda first_step: first_step])
+def test_center_after_a_storage(options, wrap):
+    """Also with stages between the two, and when the moments have been mapped or traced."""
+    for between in ([], [adam_jax.debias(), adam_jax.running_max()]):
+        tx = optax.chain(adam_jax.scale_by_moments(**options), *between, adam_jax.center())
+        with pytest.raises(ValueError, match="no mu_storage and no nu_storage"):
+            wrap(lambda grads, tx=tx: tx.update(grads, tx.init(grads))[0])(jnp.ones((2, 3)))
+
+
+# --- Gradients that are none ----------------------------------------------------------------------
+
+NO_GRADIENTS = {
+    "int32": jnp.ones(2, int),
+    "bool": jnp.ones(2, bool),
+    "float0": np.zeros(2, jax.dtypes.float0),
+}
+
+
+@pytest.mark.parametrize("dtype", NO_GRADIENTS)
+@pytest.mark.parametrize(
+    ("stage", "tx"),
+    [
+        ("scale_by_moments", adam_jax.adam(0.1)),
+        ("scale_by_lr", adam_jax.scale_by_lr(0.1)),
+        ("clip_by_schedule", adam_jax.clip_by_schedule(lambda count: 1.0)),
+        ("sgd", adam_jax.sgd(0.1)),
+        ("sgd", adam_jax.momentum(0.1)),
+    ],
+)
+def test_integers_and_booleans_are_no_gradients(stage, tx, dtype):
+    params = {"w": jnp.ones(3), "b": jnp.ones(2)}
+    grads = params | {"b": NO_GRADIENTS[dtype]}
+    message = rf"^{stage} takes floating-point and complex updates, but the one at \['b'\] is .*"
+    with pytest.raises(TypeError, match=message + dtype):
+        tx.update(grads, tx.init(params), params)
+
+
+# --- Arrays for hyperparameters -------------------------------------------------------------------
+
+OUT_OF_RANGE = {
+    "lr": (lambda x: adam_jax.scale_by_lr(x), np.array(-1.0), "learning_rate must be finite and"),
+    "b1": (lambda x: adam_jax.scale_by_moments(x), jnp.float32(1.5), r"b1 must be in \[0, 1\)"),
+    "b2": (lambda x: adam_jax.adam(0.1, b2=x), np.array(-1.0), r"b2 must be in \[0, 1\)"),
+    "b3": (lambda x: adam_jax.mix_slow_moment(x), jnp.ones(()), r"b3 must be in \[0, 1\)"),
+    "momentum": (lambda x: adam_jax.sgd(0.1, x), jnp.ones(()), r"momentum must be in \[0, 1\)"),
+    "eps": (lambda x: adam_jax.bias_correct(eps=x), jnp.float32(np.nan), "eps must be finite"),
+    "eps_root": (
+        lambda x: adam_jax.normalize(eps_root=x),
+        np.array(np.inf),
+        "eps_root must be fin",
+    ),
+    "threshold": (
+        lambda x: adam_jax.rectify(threshold=x),
+        jnp.float32(3),
+        "threshold must be at l",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "value", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_concrete_arrays_are_checked_and_traced_ones_are_not(build, value, message):
+    with pytest.raises(ValueError, match=message):
+        build(value)
+    jax.eval_shape(lambda x: build(x) and x, jnp.asarray(value, jnp.float32))
+
+
+LOW = {
+    "b1": lambda rate: adam_jax.scale_by_moments(rate),
+    "learning_rate": lambda rate: adam_jax.scale_by_lr(rate),
+    "b3": lambda rate: optax.chain(adam_jax.scale_by_moments(), adam_jax.mix_slow_moment(rate)),
+}
+WAYS = {
+    "eager": lambda f, x: f(x),
+    "jit": lambda f, x: jax.jit(f)(x),
+    "eval_shape": jax.eval_shape,
+    "vmap": lambda f, x: jax.vmap(f)(x[None]),
+    "grad": lambda f, x: jax.linearize(f, x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LOW)
+def test_low_precision_rates_are_refused_however_they_come(name, way):
+    """By the same ValueError, though a traced rate has no value to print."""
+    message = f"^{name} must be at least float32, got bfloat16, which rounds 0.999 to 1. With optax"
+    rate = jnp.bfloat16(0.9)
+
+    def of_an_array(rate):
+        LOW[name](rate)
+        return rate
+
+    def of_a_schedule(grads):
+        tx = LOW[name](lambda count: rate)
+        return tx.update(grads, tx.init(grads))[0]
+
+    with pytest.raises(ValueError, match=message):
+        WAYS[way](of_an_array, rate)
+    with pytest.raises(ValueError, match=message):
+        WAYS[way](of_a_schedule, jnp.ones(2))
+
+
+MEMBERS = chains.members()
+WITH_EPS_HAT = [n for n, f in MEMBERS.items() if "eps_hat" in inspect.signature(f).parameters]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [adam_jax.bias_correct, adam_jax.rectify]
+    + [functools.partial(MEMBERS[name], 1e-3) for name in WITH_EPS_HAT],
+)
+def test_eps_hat_is_no_epsilon(build):
+    with pytest.raises(TypeError, match="eps_hat must be True or False, got 1e-07"):
+        build(eps_hat=1e-7)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_one_count_for_every_scale_by_moments(name):
+    """So that `tree_get(state, "count")` finds the count; laprop and adopt average twice."""
+    state = MEMBERS[name](0.1).init(jnp.ones(2))
+    counts = optax.tree_utils.tree_get_all_with_path(state, "count")
+    stages = [s for s in chains.stages(MEMBERS[name](0.1).update) if "scale_by_moments" in s]
+    assert len(counts) == len(stages)
+    if name not in ("laprop", "adopt", "sgd", "momentum", "nesterov_momentum"):
+        assert optax.tree_utils.tree_get(state, "count") == 0
