@@ -122,7 +122,7 @@ def test_low_precision_parameters_equal_optax_in_float32(name, low):
     reference = optax.scale_by_adam(nesterov=name == "nadam")
     states = [direction.init(params), reference.init(wide), ours.init(params), theirs.init(wide)]
     steps = [jax.jit(tx.update) for tx in (direction, reference, ours, theirs)]
-    rng = np.random.default_rng(0)
+    rng, trace = np.random.default_rng(0), []
     for _ in range(300):
         grads = random_grads(params, rng, -2, 2)
         wide_grads = jax.tree.map(lambda g: g.astype(np.float32), grads)
@@ -133,10 +133,12 @@ def test_low_precision_parameters_equal_optax_in_float32(name, low):
                     steps, states, 2 * [(grads, params), (wide_grads, wide)], strict=True
                 )
             ]
-        (mine, optax_direction, updates, optax_updates), states = zip(*outputs, strict=True)
-        assert_close(mine, optax_direction, f"cast to {low}")
-        chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-        assert_close(updates, optax_updates, low)
+        updates, states = zip(*outputs, strict=True)
+        trace.append(updates)
+    mine, optax_direction, updates, optax_updates = map(stack, zip(*trace, strict=True))
+    assert_close(mine, optax_direction, f"cast to {low}")
+    chex.assert_trees_all_equal_shapes_and_dtypes(trace[0][2], params)
+    assert_close(updates, optax_updates, low)
 
 
 def test_nu_decays_in_bfloat16():

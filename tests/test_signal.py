@@ -429,7 +429,7 @@ DECAYS = {
     ),
     "arrays": (np.asarray(0.9), np.asarray(0.999)),
 }
-STEPS = 4
+STEPS = 3
 
 
 def after(stages, decays):
