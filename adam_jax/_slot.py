@@ -134,9 +134,8 @@ class Slot(NamedTuple):
     def _is_whole(self, stored: Any, leaf: Leaf) -> bool:
         if self.storage.parts is not None:
             return stored.whole is not None
-        if stored.shape != leaf.shape or not jnp.issubdtype(stored.dtype, jnp.inexact):
-            return False
-        return accumulator(stored.dtype) == stored.dtype
+        wide = jnp.issubdtype(stored.dtype, jnp.inexact) and jnp.finfo(stored.dtype).bits >= 32
+        return stored.shape == leaf.shape and wide and not self.storage.fits(leaf)
 
     def _tree(self, stored: list[Any], structure: Any) -> Any:
         """From what is stored of each leaf to what a state keeps."""
@@ -199,7 +198,8 @@ class Slot(NamedTuple):
         if leaf is None or leaf is NOTHING:
             return (leaf,) * len(self._names)
         moment = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        if kind(stored[-1]) == kind(moment):
+        fits = self.storage.parts is None and self.storage.fits(leaf)
+        if kind(stored[-1]) == kind(moment) and not fits:
             return self._parts_of(self._whole(moment))
         return self._parts_of(jax.eval_shape(lambda m: self.storage.save(m, leaf), moment))
 

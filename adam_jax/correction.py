@@ -116,8 +116,11 @@ def nesterov(
 
         def looked_ahead(moments: Moments) -> Moments:
             mu = rates._replace(value=moments.mu.value, previous=moments.mu.previous)
-            if isinstance(moments.mu.weight, float):  # an earlier stage has debiased it
-                mu = mu._replace(weight=1.0, next_weight=1.0)
+            debiased = jnp.asarray(moments.mu.weight) == 1  # by an earlier stage
+            mu = mu._replace(
+                weight=jnp.where(debiased, 1, mu.weight),
+                next_weight=jnp.where(debiased, 1, mu.next_weight),
+            )
             return moments._replace(mu=mu.looked_ahead(moments.grad))
 
         moments = map_moments("nesterov", looked_ahead, updates)

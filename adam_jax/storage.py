@@ -80,7 +80,7 @@ class Storage(NamedTuple):
         `Leaf`.
       load: `(stored, leaf) -> moment`: back to an array of the leaf's shape.
       fits: `(leaf) -> bool`: which leaves are kept this way; the others stay as they are computed.
-        Asked by `init` only. Default: the real ones of at least 4,096 elements.
+        Default: the real ones of at least 4,096 elements.
       only: "mu" or "nu" for a storage that makes no sense for the other moment. Default None.
       parts: a NamedTuple class whose last field is `whole`, with default None, where `save` makes
         several arrays of one moment. Default None: one array.
@@ -363,8 +363,10 @@ def factored() -> Storage:
 
     over the two largest axes. Saving is linear and forgets nothing that loading shows, so what is
     kept is Adafactor's estimate to the letter. The step sees the squares of its own gradient
-    element by element; for Adafactor's own step, average them too (see `block_mean`). A moment that
-    is near the largest float32 is kept smaller, so that no product of means is infinite.
+    element by element; for Adafactor's own step, average them too (see `block_mean`).
+
+    A square that overflows stops its row, as it stops its element in float32, and leaves the others
+    as they are. Inside `jax.shard_map` the means are those of the local part of a leaf.
 
     Returns:
       A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
@@ -385,21 +387,25 @@ def factored() -> Storage:
 
     def save(moment, leaf):
         second, largest = largest_axes(leaf.shape)
-        # One square that is infinite would make its row and column infinite, and the next product
-        # of the two not a number, for ever.
-        moment = jnp.minimum(moment, float(jnp.finfo(leaf.dtype).max) / leaf.size)
-        rows, columns = (_blocks.mean(moment, axis, leaf.shape[axis]) for axis in (largest, second))
+        rows = _blocks.mean(moment, largest, leaf.shape[largest])
+        # An infinite square is remembered by its row alone: if its column were infinite too, so
+        # would all rows be after the next step, and all products of the two not a number.
+        columns = _blocks.mean(_finite(moment), second, leaf.shape[second])
         return Factors(rows, columns)
 
     def load(stored, leaf):
         second, _ = largest_axes(leaf.shape)
-        mean = jnp.mean(stored.rows, axis=second, keepdims=True)
+        mean = jnp.mean(_finite(stored.rows), axis=second, keepdims=True)
         return stored.rows * (1 / jnp.where(mean == 0, 1, mean)) * stored.columns
 
     def fits(leaf):
         return is_large(leaf) and sum(length > 1 for length in leaf.shape) > 1
 
     return Storage(save, load, fits, only="nu", parts=Factors)
+
+
+def _finite(moment: jax.Array) -> jax.Array:
+    return jnp.where(moment == jnp.inf, 0, moment)
 
 
 def transformer_blocks(

@@ -48,7 +48,7 @@ def compiled_step(tx, donate=True, params=PARAMS):
 
 
 def costs(tx, donate=True, params=PARAMS):
-    """Kernels, bytes moved, and instructions within kernels too: XLA's own time grows with those."""
+    """Kernels, bytes moved, and instructions, which XLA's own time grows with."""
     compiled = compiled_step(tx, donate, params)
     instructions = re.findall(r"^ +(?:ROOT )?%\S+ = ", compiled.as_text(), re.MULTILINE)
     return {

@@ -448,11 +448,11 @@ def test_a_running_job_goes_on_with_other_rates(before, after, x64):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_is_the_same_for_every_kind_of_rate(kind):
-    """Three scalars more a moment than the weight itself, and two counts."""
+    """Four scalars more a moment than the weight itself, and two counts."""
     number, state = KINDS["number"](0.9, 0.999), KINDS[kind](0.9, 0.999).init(jnp.zeros(3))
     state = state.inner_state if kind == "injected" else state
     chex.assert_trees_all_equal_shapes_and_dtypes(state, number.init(jnp.zeros(3)))
-    assert sum(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(state)) == 1 + 2 * 4 + 1
+    assert sum(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(state)) == 1 + 2 * 5 + 1
 
 
 def test_a_checkpoint_keeps_the_correction_of_a_number():

@@ -437,22 +437,24 @@ def test_zeros_stay_zeros_and_bad_numbers_show(name):
     how = STORAGES[name]
     moment = how.only or "mu"
     assert not np.any(round_trip(how, moment, np.zeros(SHAPE, np.float32)))
-    for bad in [np.nan] if name == "factored" else [np.nan, np.inf]:
+    for bad in (np.nan, np.inf):
         x = np.ones(SHAPE, np.float32)
         x[3, 5] = bad
         assert not np.isfinite(round_trip(how, moment, x)[3, 5])
 
 
-def test_factored_recovers_from_an_infinite_square():
-    """The square of 1e30 is infinite in float32. A NaN stays one."""
+def test_factored_survives_an_infinite_square():
+    """The square of 1e30 is infinite in float32, which stops its row. A NaN stays one."""
     tx = adam_jax.adam(1e-2, nu_storage=storage.factored())
     update = jax.jit(tx.update)
     grad = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), "float32")
     state = tx.init(grad)
     for g in (grad, grad.at[3, 5].set(1e30), grad, grad):
         updates, state = update(g, state)
-        assert np.all(np.isfinite(updates))
-    assert np.all(updates != 0)
+        assert np.all(np.abs(updates) < 0.08)  # 7.27 learning rates
+    stopped = updates == 0
+    assert stopped[3, 5]
+    assert np.sum(stopped) == max(SHAPE)
     for g in (grad.at[3, 5].set(np.nan), grad):
         updates, state = update(g, state)
         assert np.isnan(updates[3, 5])
@@ -486,8 +488,8 @@ def test_cast_of_the_wrong_kind():
     for param, dtype in (("complex64", "bfloat16"), ("float32", "complex64")):
         with pytest.raises(TypeError, match=f"mu of the parameter at 'a/w' is {param} and cannot"):
             adam_jax.adam(1e-3, mu_storage=dtype).init({"a": {"w": jnp.ones(3, param)}})
-    with pytest.raises(TypeError, match="nu of the parameter at 'w' is float32 and cannot be kept"):
-        adam_jax.adam(1e-3, nu_storage="complex64").init({"w": jnp.ones(3, "complex64")})
+    with pytest.raises(ValueError, match="nu_storage must be a floating-point dtype"):
+        adam_jax.adam(1e-3, nu_storage="complex64")
     params = {"w": jnp.ones(SHAPE, "complex64")}
     for how in (storage.stochastic(), storage.int8()):  # they leave a complex moment whole
         state = jax.eval_shape(adam_jax.adam(1e-3, mu_storage=how).init, params)

@@ -324,8 +324,8 @@ def test_tree_get_and_set():
     assert optax.tree.get(state, "count") == optax.tree.get(state, "step") == 20
     zeros, zero = jax.tree.map(jnp.zeros_like, params), jnp.zeros([], jnp.int32)
     reset = optax.tree.set(state, mu=zeros, nu=zeros, count=zero, step=zero)
-    weightless = adam_jax.Weight.none()
-    reset = (reset[0]._replace(mu_weight=weightless, nu_weight=weightless), *reset[1:])
+    weights = {"mu_weight": adam_jax.Weight.none(0.9), "nu_weight": adam_jax.Weight.none(0.999)}
+    reset = (reset[0]._replace(**weights), *reset[1:])
     chex.assert_trees_all_equal(reset, tx.init(params))
 
 
