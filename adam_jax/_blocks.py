@@ -6,6 +6,7 @@ twice, first into short pieces that lie within the shards of most leaves, and on
 those is gathered where the blocks do not fit.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -20,18 +21,21 @@ def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
 
     XLA's CPU backend leaves a maximum of floats to a library, and for that writes the floats to
     memory: a moment in float32, which a storage is there to avoid. Of integers it compiles the
-    maximum into the kernel that makes them, and as integers magnitudes have the same order.
+    maximum into the kernel that makes them, and as integers magnitudes have the same order. A
+    maximum of 8 is unrolled and vectorized, a longer one along this axis is not.
     """
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     bits = jnp.minimum(bits, np.int32(0x7FC00000))  # one NaN, so that rounding up cannot pass it
     rounded_up = lambda bits: ((bits + np.int32(0xFFFF)) >> 16).astype(jnp.int16)  # noqa: E731
     if x.shape[axis] <= block:
         bits = rounded_up(jnp.max(bits, axis, keepdims=True))
-    elif block % PIECE or x.shape[axis] % PIECE:
+    elif block % PIECE:
         bits = jnp.max(split(rounded_up(bits), axis, block), axis + 1)
     else:
         bits = rounded_up(jnp.max(split(bits, axis, PIECE), axis + 1))
-        bits = jnp.max(split(bits, axis, block // PIECE), axis + 1)
+        pieces = split(bits, axis, block // PIECE)
+        each = [jax.lax.index_in_dim(pieces, i, axis + 1, False) for i in range(block // PIECE)]
+        bits = functools.reduce(jnp.maximum, each)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
@@ -57,15 +61,15 @@ def mean(x: jax.Array, axis: int, block: int) -> jax.Array:
     if block < x.shape[axis]:
         x = split(x, axis, block)
         return jnp.squeeze(mean(x, axis + 1, block), axis + 1)
-    few = max(n for n in range(1, 33) if block % n == 0)
+    few = max(n for n in range(1, PIECE + 1) if block % n == 0)
 
     def in_kernel(x):
-        pieces = x.reshape(*x.shape[:axis], few, block // few, *x.shape[axis + 1 :])
-        sums = jnp.sum(jax.lax.complex(pieces, jnp.zeros_like(pieces)), axis).real
+        pieces = split(x, axis, few)
+        sums = jnp.sum(jax.lax.complex(pieces, jnp.zeros_like(pieces)), axis + 1).real
         return jnp.sum(sums, axis, keepdims=True) / block
 
     plain = lambda x: jnp.mean(x, axis, keepdims=True)  # noqa: E731
-    if few % _shards(x, axis):
+    if (block // few) % _shards(x, axis):
         return plain(x)
     return jax.lax.platform_dependent(x, cpu=in_kernel, default=plain)
 

@@ -211,7 +211,7 @@ STORED_COPIES = {
     "8-bit": 2.4,
     "4-bit": 1.3,
     "8-bit m, factored v": 1.3,
-    "8-bit m, block-mean v": 1.3,
+    "8-bit m, block-mean v": 1.6,
     "float32, no rounding stage": 0.1,
     "float32, round_stochastically": 0.1,
     "float32, compensate bfloat16": 6.1,
