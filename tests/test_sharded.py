@@ -4,6 +4,7 @@ The numbers are those of one device, the state lies where the parameters lie, an
 gathers more of a moment than it would in float32.
 """
 
+import contextlib
 import functools
 import math
 import re
@@ -11,7 +12,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import assert_close
@@ -73,6 +73,12 @@ def local_bytes(leaf):
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
+def made(init, params, mesh):
+    """A state, in one compilation: nothing of it depends on the values, so jit is told the mesh."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        return jax.jit(init)(params)
+
+
 def parts(moment, name):
     """What is kept of one leaf of a tree."""
     trees = moment if isinstance(moment, tuple) else (moment,)
@@ -109,7 +115,7 @@ def gathered(compiled):
     )  # fmt: skip
 
 
-# Shards that cut blocks (those of 96 rows the blocks of 64, not those of 32), and one that does not.
+# Shards of 200 and of 8 rows cut all blocks, those of 96 only blocks of 64.
 CUT = {
     "rows of 200": ((1600, 1600), PartitionSpec("x", None)),
     "rows of 96": ((768, 3072), PartitionSpec("x", None)),
@@ -119,7 +125,7 @@ CUT = {
 
 
 @each_kind
-@pytest.mark.parametrize("name", ["int8", "int4", "factored", "block_mean, columns"])
+@pytest.mark.parametrize("name", ["int8", "int4", "factored"])
 @pytest.mark.parametrize("cut", CUT)
 def test_no_device_gathers_a_moment(name, kind, cut):
     """Compiled for eight devices: less is gathered than a device keeps of a moment in float32."""
@@ -128,7 +134,7 @@ def test_no_device_gathers_a_moment(name, kind, cut):
     sharding = NamedSharding(mesh, spec)
     tx = adam_jax.scale_by_moments(**STORAGES[name])
     params = jax.device_put(jnp.zeros(shape), sharding)
-    state = tx.init(params)
+    state = made(tx.init, params, mesh) if kind == "explicit" else tx.init(params)
     compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile()
     whole = math.prod(sharding.shard_shape(shape)) * 4
     assert gathered(compiled) <= whole
@@ -143,13 +149,9 @@ def test_no_device_gathers_a_moment(name, kind, cut):
 
 
 SMALL = {
-    "rows": ((400, 24), PartitionSpec("x", None)),
-    "rows, both axes": ((400, 24), PartitionSpec(("x", "y"), None)),
-    "aligned rows": ((256, 24), PartitionSpec("x", None)),
+    "rows, cut": ((400, 24), PartitionSpec(("x", "y"), None)),
     "columns": ((130, 64), PartitionSpec(None, "y")),
     "heads": ((64, 12, 16), PartitionSpec(None, "y", None)),
-    "features": ((64, 12, 16), PartitionSpec("x", None, None)),
-    "filters": ((3, 3, 64, 16), PartitionSpec(None, None, "y", None)),
     "vector": ((4800,), PartitionSpec("x")),
     "bias": ((64,), PartitionSpec("x")),
 }
@@ -161,41 +163,45 @@ GRADS = [
 ]
 
 
-def trained(tx, place):
-    """Three steps; the parameters start where `place` puts them."""
-    params = place(START)
-    state = tx.init(params)
-    step = jax.jit(tx.update)
+def after_steps(tx, place, mesh=None):
+    """The moments and the state after three steps on gradients where `place` puts them."""
+    state, step = made(tx.init, place(START), mesh), jax.jit(tx.update)
     for grads in GRADS:
-        updates, state = step(place(grads), state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
+        moments, state = step(place(grads), state)
+    return {leaf: (m.mu.value, m.nu.value) for leaf, m in moments.items()}, state
 
 
-@functools.cache
-def alone(name):
-    return jax.device_get(trained(small_optimizer(name), jax.device_put))
-
-
-def small_optimizer(name):
+def small_stage(name):
     how = dict(STORAGES[name])
-    if "block_mean" in name:  # vectors have no columns, and no heads
+    if "int" in name:  # one moment each: both would be compiled in the same way
+        del how["nu_storage" if name == "int8" else "mu_storage"]
+    if "block_mean" in name:  # vectors have no columns, and no tiles
         blocks = how["nu_storage"]
         how["nu_storage"] = blocks._replace(
             fits=lambda leaf: len(leaf.shape) > 1 and blocks.fits(leaf)
         )
-    return adam_jax.adamw(1e-2, **how)
+    return adam_jax.scale_by_moments(**how)
 
 
-@each_storage
-@each_kind
-def test_the_numbers_are_those_of_one_device(name, kind):
+@functools.cache
+def alone(name):
+    return jax.device_get(after_steps(small_stage(name), jax.device_put))
+
+
+NUMBERS = [("explicit", name) for name in STORAGES if name != "cast"]
+NUMBERS += [("auto", name) for name in ("int8", "int4", "factored")]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_the_numbers_are_those_of_one_device(kind, name):
     """Random bits too: each element makes its own, wherever it lies."""
     mesh = mesh_of(kind, "two axes")
     shardings = {leaf: NamedSharding(mesh, spec) for leaf, (_, spec) in SMALL.items()}
-    params, state = trained(small_optimizer(name), lambda tree: jax.device_put(tree, shardings))
+    moments, state = after_steps(
+        small_stage(name), lambda tree: jax.device_put(tree, shardings), mesh
+    )
     expected, expected_state = alone(name)
-    assert_close(jax.device_get(params), expected, "contracted")
+    assert_close(jax.device_get(moments), expected, "contracted")
     pairs = zip(
         jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(expected_state), strict=True
     )
@@ -207,7 +213,7 @@ def test_the_numbers_are_those_of_one_device(name, kind):
         elif part.dtype != jnp.bfloat16:
             assert_close(part, one, "contracted")
     for leaf, sharding in shardings.items():
-        assert params[leaf].sharding.is_equivalent_to(sharding, params[leaf].ndim)
+        assert moments[leaf][0].sharding.is_equivalent_to(sharding, moments[leaf][0].ndim)
 
 
 def test_random_bits_are_made_where_the_leaf_is():

@@ -488,7 +488,7 @@ def test_cast_of_the_wrong_kind():
     for param, dtype in (("complex64", "bfloat16"), ("float32", "complex64")):
         with pytest.raises(TypeError, match=f"mu of the parameter at 'a/w' is {param} and cannot"):
             adam_jax.adam(1e-3, mu_storage=dtype).init({"a": {"w": jnp.ones(3, param)}})
-    with pytest.raises(TypeError, match="nu_storage must be a Storage, .* got .complex64"):
+    with pytest.raises(TypeError, match=r"nu_storage must be a Storage, .* got .complex64"):
         adam_jax.adam(1e-3, nu_storage="complex64")
     params = {"w": jnp.ones(SHAPE, "complex64")}
     for how in (storage.stochastic(), storage.int8()):  # they leave a complex moment whole
