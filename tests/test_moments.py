@@ -293,6 +293,21 @@ def test_injected_moving_decays_are_corrected(x64):
         np.testing.assert_allclose(updates, -1, rtol=1e-6)  # the promised bound, eps included
 
 
+def test_the_power_of_the_rate_of_today_is_not_the_weight():
+    """The same steps with `1 - b_t**t` for the weights: far from 1, so the test above can fail."""
+    steps = np.arange(400)
+    for b1, b2, worst in (
+        (0.9, np.minimum(0.9 + 0.0999 * steps / 100, 0.9999), 0.10),
+        (np.minimum(0.5 + 0.49 * steps / 100, 0.99), 0.999, 1.57),
+        (0.9, np.where(steps < 100, 0.999, 0.95), 2.66),
+    ):
+        rates = [np.broadcast_to(b, steps.shape) for b in (b1, b2)]
+        right = [1 - np.cumprod(b) for b in rates]  # what m and v are, with g = 1
+        wrong = [1 - b ** (steps + 1) for b in rates]
+        size = (right[0] / wrong[0]) / np.sqrt(right[1] / wrong[1])
+        assert size[np.argmax(np.abs(np.log(size)))] == pytest.approx(worst, abs=0.02)
+
+
 def test_a_constant_schedule_is_the_constant():
     params = random_params()
     rng = np.random.default_rng(0)
