@@ -24,12 +24,12 @@ def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -
     whole one. (jax.random has that too, for the price of the whole step fifteen times over:
     threefry is made to withstand attacks.)
     """
-    key = jnp.uint32(0)
+    key = 0
     for part in (seed, zlib.crc32(name.encode()), index, count):
-        part = np.uint32(part % 2**32) if isinstance(part, int) else part.astype(jnp.uint32)
-        key = _hash(key + part + jnp.uint32(0x9E3779B9))  # 0 is hashed to 0, so not from there
+        part = part % 2**32 if isinstance(part, int) else part.astype(jnp.uint32)
+        key = _hash(_sum(key, part, 0x9E3779B9))  # 0 is hashed to 0, so not from there
     # The zeros are where `like` is: a sum of iotas alone would be made on every device in full.
-    position = jnp.zeros_like(like, jnp.uint32) + key
+    position = jnp.zeros_like(like, jnp.uint32) + jnp.asarray(key, jnp.uint32)
     for axis, length in enumerate(like.shape):
         stride = jnp.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
         along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * stride
@@ -37,14 +37,23 @@ def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -
     return _hash(position)
 
 
-def _hash(x: jax.Array) -> jax.Array:
+def _hash(x: Any) -> Any:
     """A permutation of the 32-bit numbers in which every bit of the result depends on all of x.
 
-    The constants are Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
+    Of a Python number it is one, so that what is known is not computed while tracing. The constants
+    are Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
     """
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = x ^ (x >> shift)
+        x = x * factor % 2**32 if isinstance(x, int) else x * np.uint32(factor)
     return x ^ (x >> 16)
+
+
+def _sum(*terms: Any) -> Any:
+    """The sum of 32-bit numbers, without its carry."""
+    known = sum(term for term in terms if isinstance(term, int)) % 2**32
+    arrays = [term for term in terms if not isinstance(term, int)]
+    return sum(arrays, start=jnp.uint32(known)) if arrays else known
 
 
 def uniform(bits: jax.Array) -> jax.Array:

@@ -63,12 +63,14 @@ PAIRS = {
     for name in ("adam", "adamw", "nadam", "nadamw")
 }
 each_pair = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
-each_donation = pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
 
 
 @each_pair
-@each_donation
-@pytest.mark.parametrize("rate", [1e-3, SCHEDULE], ids=["constant", "schedule"])
+@pytest.mark.parametrize(
+    ("donate", "rate"),
+    [(True, 1e-3), (True, SCHEDULE), (False, 1e-3)],
+    ids=["donated", "donated, schedule", "kept"],
+)
 def test_the_cost_is_that_of_optax_and_a_few_scalars(pair, donate, rate):
     ours, theirs = (costs(factory(rate), donate) for factory in pair)
     for what, most in SCALARS.items():
@@ -265,8 +267,10 @@ def test_init_under_jit_is_init():
     chex.assert_trees_all_equal(jax.jit(tx.init)(params), tx.init(params))
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("adam", "float32"), ("adamw", "bfloat16"), ("nadam", "bfloat16"), ("nadamw", "float32")],
+)
 def test_export_for_cpu_cuda_and_tpu(name, dtype):
     """Lowered for all three, serialised, deserialised, and run on this machine's platform."""
     tx, params = getattr(adam_jax, name)(1e-3), random_params(dtype)

@@ -1,5 +1,6 @@
 """The examples, run as a user runs them: in a process of their own, but for what ends early."""
 
+import functools
 import gzip
 import json
 import math
@@ -174,9 +175,10 @@ def test_memory(tmp_path, monkeypatch, capsys):
     """The first choice and the one with every part, two steps each on small networks."""
     monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[0], memory.CHOICES[10]])
     small = {"LAYERS": 1, "WIDTH": 32, "CONTEXT": 16}
-    timed = {"layers": 1, "width": 32, "vocabulary": 64, "context": 64}
+    timed = {"width": 32, "vocabulary": 64, "context": 64}
     for name, value in (small | {"TIMED": timed}).items():
         monkeypatch.setattr(memory, name, value)
+    monkeypatch.setattr(memory, "gpt2", functools.partial(memory.gpt2, layers=1))
     monkeypatch.chdir(tmp_path)
     short = ["memory.py", "--seeds=1", "--steps=2", "--repeats=1", "--json=rows.json"]
     monkeypatch.setattr(sys, "argv", short)

@@ -118,8 +118,10 @@ def train_equinox(tx, steps=60):
     return losses, jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
 
 
-@libraries
-@pytest.mark.parametrize("train", [train_nnx, train_linen, train_equinox])
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [(train_nnx, "adam"), (train_linen, "adamw"), (train_equinox, "nadam"), (train_nnx, "nadam")],
+)
 def test_training_equals_optax(train, name):
     """Losses that fall, and bit for bit those of optax."""
     with jax.numpy_dtype_promotion("standard"):
@@ -245,8 +247,12 @@ def follow_equinox(case, jitted):
     return jax.tree.leaves(eqx.filter(model, eqx.is_array)), jax.tree.leaves(state)
 
 
-@cases
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jitted, donated"])
+# What a framework does to a state it does to all trees of parts alike: three of them are compiled.
+COMPILED = ["int8, int4, compensate int8", "int4, factored", "float16, block_mean, compensate"]
+RUNS = [(name, False) for name in CASES] + [(name, True) for name in CASES if name in COMPILED]
+
+
+@pytest.mark.parametrize(("name", "jitted"), RUNS)
 @pytest.mark.parametrize("follow", [follow_nnx, follow_linen, follow_equinox])
 @pytest.mark.usefixtures("promoting")
 def test_equals_the_plain_loop(follow, jitted, name):

@@ -130,8 +130,7 @@ def test_a_mask_function_sees_the_parameters(name, dtype):
     grads = {leaf: jnp.full(p.shape, 0.25, dtype) for leaf, p in DECAYED.items()}
     updates = []
     for tx in (masked, whole, plain):
-        update, _ = jax.jit(tx.update)(grads, tx.init(DECAYED), DECAYED)
-        updates.append(update)
+        updates.append(tx.update(grads, tx.init(DECAYED), DECAYED)[0])
     assert len(seen) >= 2
     assert all(tree == described(DECAYED) for tree in seen)
     np.testing.assert_array_equal(updates[0]["w"], updates[1]["w"])
@@ -357,7 +356,7 @@ def test_state_keeps_its_structure(name, dtype):
     state = tx.init(params)
     for _ in range(2):
         with jax.numpy_dtype_promotion("standard"):
-            updates, new = jax.jit(tx.update)(params, state, params)
+            updates, new = jax.eval_shape(tx.update, params, state, params)
         assert described(updates) == described(params)
         assert jax.tree.structure(new) == jax.tree.structure(state)
         assert described(new) == described(state)
