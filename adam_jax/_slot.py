@@ -228,4 +228,7 @@ def _beside(part: Any, param: Any) -> Any:
         shards = math.prod(sharding.mesh.shape[n] for n in each if n is not None)
         names[axis] = name if part.shape[axis] % shards == 0 else None
     spec = jax.sharding.PartitionSpec(*names)
-    return jax.device_put(part, jax.sharding.NamedSharding(sharding.mesh, spec))
+    beside = jax.sharding.NamedSharding(sharding.mesh, spec)
+    if part.is_fully_addressable:
+        return jax.device_put(part, beside)
+    return part  # of a mesh that processes share no single one moves an array

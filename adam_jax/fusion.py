@@ -12,11 +12,10 @@ from adam_jax._tree import traced_once
 def recompute(stage: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """A stage that computes what it emits apart from what it keeps; the numbers stay the same.
 
-    A parameter then does not wait for its moments to be written, and XLA's CPU backend (of jaxlib
-    0.10 or newer), if it is told to with
-    ``XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion``, makes one kernel of a
-    leaf, which moves 28 bytes a parameter instead of 40. Without that flag the CPU backend copies
-    the old moments first and is three times slower.
+    A parameter then does not wait for its moments to be written, and XLA's CPU backend, if told to
+    with ``XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion``, makes one kernel
+    of a leaf, which moves 28 bytes a parameter instead of 40. Without that flag the CPU backend
+    copies the old moments first and is three times slower.
 
     Args:
       stage: a transformation whose state has a `count`, such as `scale_by_moments`.

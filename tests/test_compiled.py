@@ -30,7 +30,7 @@ SCHEDULE = optax.cosine_decay_schedule(1e-3, 100)
 SCALARS = {"kernels": 20, "bytes": 340, "instructions": 146}
 
 # And for every leaf: the correction reads three scalars of each average instead of the count.
-EACH_LEAF = {"kernels": 0, "bytes": 20, "instructions": 14}
+EACH_LEAF = {"kernels": 0, "bytes": 20, "instructions": 16}
 
 # Kernels that a step has for its scalars in all.
 SCALAR_KERNELS = 27
@@ -194,9 +194,6 @@ def test_recompute_and_its_flag_make_one_kernel_of_a_leaf():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     kernels, moved, temporaries = map(float, done.stdout.split())
-    if jax.__version_info__ < (0, 10):
-        assert moved > 40  # the flag is not known yet
-        return
     assert kernels <= 2 + SCALAR_KERNELS
     assert moved < 28.01
     assert temporaries < 0.01
@@ -216,7 +213,7 @@ STORED_COPIES = {
     "8-bit m, block-mean v": 1.6,
     "float32, no rounding stage": 0.1,
     "float32, round_stochastically": 0.1,
-    "float32, compensate bfloat16": 6.1,
+    "float32, compensate bfloat16": 6.5,
     "8-bit, compensate int8": 9.0,
     "8-bit m, factored v, compensate int8": 9.0,
 }

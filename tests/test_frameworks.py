@@ -295,10 +295,13 @@ def test_nnx_stacked_layers():
 def test_nnx_low_precision_gradients():
     """With float32 parameters the updates are float32, as optax's are."""
     model = nnx_model("float32")
-    optimizer = nnx.Optimizer(model, adam_jax.adamw(1e-7), wrt=nnx.Param)
+    seen = []
+    look = optax.stateless(lambda updates, _: seen.extend(jax.tree.leaves(updates)) or updates)
+    tx = optax.chain(adam_jax.adamw(1e-7), look)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     grads = jax.tree.map(lambda weight: weight.astype("bfloat16"), nnx.state(model))
-    updates = optimizer.update(model, grads)
-    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("float32")}
+    optimizer.update(model, grads)
+    assert {leaf.dtype for leaf in seen} == {jnp.dtype("float32")}
 
 
 class SharedNNX(nnx.Module):
