@@ -244,15 +244,15 @@ def _check_updates(stage: str, updates: optax.Updates, params: optax.Params | No
     check_match(stage, params, updates)
 
 
-def _check_residual(residual: Any, params: optax.Params) -> None:
+def _check_residual(residual: Any, params: Any) -> None:
     """A residual belongs to a low-precision parameter of its shape."""
     kept = leaves_by_path(residual)
     for path, param in leaves_by_path(params).items():
         was = kept.get(path, NOTHING)
-        now = param if param is not None and _is_low(param) else None
+        now: Any = param if param is not None and _is_low(param) else None
         if kind(was) != kind(now):
             raise ValueError(
                 f"compensate got a parameter{at(path)} that is {jnp.result_type(param)} of shape "
-                f"{jnp.shape(param)}, and a residual that is {kind(was)}: the state was made for "
+                f"{getattr(param, 'shape', None)}, and a residual that is {kind(was)}: the state was made for "
                 f"other parameters. Make it anew with init()."
             )
