@@ -253,6 +253,6 @@ def _check_residual(residual: Any, params: Any) -> None:
         if kind(was) != kind(now):
             raise ValueError(
                 f"compensate got a parameter{at(path)} that is {jnp.result_type(param)} of shape "
-                f"{getattr(param, 'shape', None)}, and a residual that is {kind(was)}: the state was made for "
-                f"other parameters. Make it anew with init()."
+                f"{getattr(param, 'shape', ())}, and a residual that is {kind(was)}: the state was "
+                f"made for other parameters. Make it anew with init()."
             )
