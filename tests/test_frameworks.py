@@ -64,7 +64,6 @@ CASES = {
     "lion, int8": keeping(adam_jax.lion, mu_storage=INT8),
 }
 cases = pytest.mark.parametrize("name", CASES)
-libraries = pytest.mark.parametrize("name", ["adam", "adamw", "nadam"])
 
 
 def train_nnx(tx, steps=60):
