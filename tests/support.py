@@ -1,5 +1,7 @@
 """What several test files need: the table of tolerances, trees, gradients, and runners."""
 
+import os
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -53,6 +55,12 @@ TOLERANCES = {
 }
 
 
+# jax.jit as a user has it, where conftest.py told XLA to compile quickly.
+QUICK = "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]
+DEFAULTS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+user_jit = partial(jax.jit, compiler_options=DEFAULTS if QUICK else None)
+
+
 def assert_close(actual, expected, tolerance: str):
     rtol, atol, reason = TOLERANCES[tolerance]
     wide = lambda x: np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)  # noqa: E731
@@ -90,7 +98,7 @@ def matrices_only(params):
 def make_step(tx):
     """One jitted step: update and apply. optax's own arithmetic is not strict about dtypes."""
 
-    @jax.jit
+    @user_jit
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, updates

@@ -14,7 +14,7 @@ import optax
 import pytest
 import step as benchmark
 from jax import export
-from support import assert_close, random_params
+from support import assert_close, random_params, user_jit
 
 import adam_jax
 from adam_jax._tree import traced_once
@@ -44,7 +44,7 @@ def compiled_step(tx, donate=True, params=PARAMS):
     donated = (0, 1) if donate else ()
     state = jax.eval_shape(tx.init, params)
     with jax.numpy_dtype_promotion("standard"):
-        return jax.jit(step, donate_argnums=donated).lower(params, state, params).compile()
+        return user_jit(step, donate_argnums=donated).lower(params, state, params).compile()
 
 
 def costs(tx, donate=True, params=PARAMS):

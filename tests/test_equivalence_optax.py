@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import make_step, matrices_only, random_grads, random_params, stack
+from support import make_step, matrices_only, random_grads, random_params, stack, user_jit
 
 import adam_jax
 
@@ -89,7 +89,7 @@ def some_params(dtype="float32"):
 def assert_bitwise_equal_over_training(ours, theirs, params, steps):
     """All updates, parameters and moments, on gradients from 1e-20 to 1e15."""
 
-    @jax.jit
+    @user_jit
     def trajectories(params, grads_sequence):
         def both(carry, grads):
             def one(tx, params, state):
@@ -183,7 +183,7 @@ def test_bitwise_in_real_training():
     finals = []
     for tx in (three_stages(SCHEDULE), optax.adam(SCHEDULE)):
 
-        @jax.jit
+        @user_jit
         def train_step(params, state, tx=tx):
             loss = lambda params: jnp.mean((model.apply(params, x) - y) ** 2)  # noqa: E731
             value, grads = jax.value_and_grad(loss)(params)

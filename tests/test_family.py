@@ -14,7 +14,7 @@ import optax
 import optax.contrib
 import pytest
 import torch
-from support import TOLERANCES, matrices_only, stack
+from support import TOLERANCES, matrices_only, stack, user_jit
 
 import adam_jax
 
@@ -71,7 +71,7 @@ problem_in = functools.cache(Problem)
 def of_transformation(tx):
     def start(params):
         state = tx.init(params)
-        update = jax.jit(
+        update = user_jit(
             lambda params, state, grads: (
                 lambda updates, state: (optax.apply_updates(params, updates), state)
             )(*tx.update(grads, state, params))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import TOLERANCES, assert_close, random_grads, random_params, stack
+from support import TOLERANCES, assert_close, random_grads, random_params, stack, user_jit
 
 import adam_jax
 
@@ -475,7 +475,7 @@ def test_a_checkpoint_keeps_the_correction_of_a_number():
     tx, theirs = adam_jax.adam(1e-2), optax.adam(1e-2)
     params = random_params()
     state, their_state = tx.init(params), theirs.init(params)
-    step, their_step = jax.jit(tx.update), jax.jit(theirs.update)
+    step, their_step = user_jit(tx.update), user_jit(theirs.update)
     rng = np.random.default_rng(0)
     for _ in range(6):
         grads = random_grads(params, rng)
@@ -514,7 +514,7 @@ def test_without_epsilon_bitwise_optax(name, eps_root):
         getattr(library, name)(1e-2, eps=0.0, eps_root=eps_root) for library in (adam_jax, optax)
     )
     state, their_state = ours.init(params), theirs.init(params)
-    step, their_step = jax.jit(ours.update), jax.jit(theirs.update)
+    step, their_step = user_jit(ours.update), user_jit(theirs.update)
     rng = np.random.default_rng(0)
     for _ in range(20):
         grads = random_grads(params, rng) | {"zero": jnp.zeros(3)}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import assert_close
+from support import assert_close, user_jit
 
 import adam_jax
 from adam_jax import storage
@@ -149,7 +149,7 @@ def test_no_device_gathers_a_moment(kind, name, cut):
     tx = adam_jax.scale_by_moments(**STORAGES[name])
     params = jax.device_put(jnp.zeros(shape), sharding)
     state = made(tx.init, params, mesh) if kind == "explicit" else tx.init(params)
-    compiled = jax.jit(tx.update, donate_argnums=1).lower(params, state).compile()
+    compiled = user_jit(tx.update, donate_argnums=1).lower(params, state).compile()
     whole = math.prod(sharding.shard_shape(shape)) * 4
     assert gathered(compiled) <= whole
     if (cut, name) in {("columns", "int8"), ("columns", "int4"), ("rows of 96", "int8")}:
@@ -241,7 +241,7 @@ def test_random_bits_are_made_where_the_leaf_is():
         if kind is not None:
             sharding = NamedSharding(mesh_of(kind, "one axis"), PartitionSpec("x"))
             params = jax.device_put(params, sharding)
-        compiled = jax.jit(tx.update).lower(params, tx.init(params)).compile()
+        compiled = user_jit(tx.update).lower(params, tx.init(params)).compile()
         flops[kind] = compiled.cost_analysis()["flops"]
     assert flops["auto"] < flops[None] / 7
     assert flops["explicit"] < flops[None] / 7
