@@ -1,0 +1,411 @@
+"""What XLA makes of one step for a CPU, a GPU and TPUs: compiled for them, without having them.
+
+Nothing runs here, and no time but the compiler's is taken. The compiled module tells the kernels of
+a step, the bytes that they read and write in the memory of the device, and the memory they need
+besides. The limit reads parameters, gradients and state once, and writes once what of these
+changes. A step is update and apply, with parameters and state donated.
+
+The compilers (1.9 GB), and flashoptim-jax, which is shown beside the others if it is there:
+
+    .venv/bin/pip install -e '.[examples,accelerators]'
+    .venv/bin/pip install --no-deps flashoptim-jax==0.1.0
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+import numpy as np
+import optax
+from jax.experimental import topologies
+from step import gpt2
+from tqdm import tqdm
+
+import adam_jax
+from adam_jax import storage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# --- Targets --------------------------------------------------------------------------------------
+
+# An H100 SXM5, as a text of XLA's GpuTargetConfigProto. The sources are NVIDIA's: (1) CUDA C++
+# Programming Guide, table "Technical Specifications per Compute Capability", column 9.0; (2) the
+# white paper "NVIDIA H100 Tensor Core GPU Architecture"; (3) the data sheet "NVIDIA H100 Tensor
+# Core GPU".
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }  # (1)
+  threads_per_warp: 32                           # (1)
+  threads_per_block_limit: 1024                  # (1)
+  threads_per_core_limit: 2048                   # (1) resident threads per SM
+  block_dim_limit_x: 2147483647                  # (1) of a grid, in blocks
+  block_dim_limit_y: 65535                       # (1)
+  block_dim_limit_z: 65535                       # (1)
+  registers_per_core_limit: 65536                # (1) 64 K registers of 32 bits per SM
+  registers_per_block_limit: 65536               # (1)
+  shared_memory_per_core: 233472                 # (1) 228 KB per SM
+  shared_memory_per_block_optin: 232448          # (1) 227 KB per block
+  shared_memory_per_block: 49152                 # (1) 48 KB per block without opting in
+  core_count: 132                                # (2) SMs
+  fpus_per_core: 128                             # (2) float32 cores per SM
+  clock_rate_ghz: 1.98                           # (2) 66.9 TFLOPS / (132 SMs * 128 cores * 2)
+  l2_cache_size: 52428800                        # (2) 50 MB
+  device_memory_size: 85899345920                # (3) 80 GB
+  memory_bandwidth: 3350000000000                # (3) 3.35 TB/s
+}
+"""
+
+TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+TARGETS = ["cpu", "h100", *TPUS]
+
+# What libtpu must know where there is no TPU.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else it asks the network for the machine that it runs on
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # the answers
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else two processes fight for /tmp/libtpu_lockfile
+}
+
+
+def missing() -> str:
+    """Why other devices cannot be compiled for, and what to do; nothing if they can."""
+    for module in ("jax_plugins", "jax_plugins.xla_cuda12", "libtpu"):
+        if importlib.util.find_spec(module) is None:
+            return f"there is no {module}: .venv/bin/pip install -e '.[test,accelerators]'"
+    if jax.config.jax_platforms != "cpu":
+        return "without a GPU, JAX loads its CUDA compiler only with JAX_PLATFORMS=cpu: set that"
+    return ""
+
+
+@cache
+def device(target: str) -> Any:
+    """A device to compile for; the CPU is this machine's."""
+    if target == "cpu":
+        return jax.devices("cpu")[0]
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if target == "h100":
+        gpus = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
+        return gpus.devices[0]
+    return topologies.get_topology_desc(TPUS[target], "tpu").devices[0]
+
+
+def compiled_for(target: str, init: Callable, step: Callable, params: Any) -> Any:
+    """`step(params, state, grads) -> (params, state)`, with the first two donated."""
+    there = jax.sharding.SingleDeviceSharding(device(target))
+    state = jax.eval_shape(init, params)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there), (params, state, params)
+    )
+    # Pallas asks the mesh which TPU a kernel is for.
+    mesh = jax.sharding.Mesh(np.array([device(target)]), "one").abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+
+
+# --- Reading a compiled module --------------------------------------------------------------------
+
+
+class Instruction(NamedTuple):
+    """One line of an HLO module, like `%sum = f32[8]{0} add(%x, %y), metadata={...}`."""
+
+    name: str
+    shape: str
+    operation: str
+    operands: str
+    attributes: str
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """The computations of an HLO module by name, that of the whole module also as "ENTRY".
+
+    The last instruction of each is its result.
+    """
+    found: dict[str, list[Instruction]] = {}
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?(%\S+) \(.*\{$", line):
+            here = found[head[2]] = []
+            if head[1]:
+                found["ENTRY"] = here
+        elif match := re.match(r"  (?:ROOT )?(%\S+) = (.*)", line):
+            name, rest = match.groups()
+            shape = _bracketed(rest) if rest.startswith("(") else rest.split(" ", 1)[0]
+            operation, _, rest = rest[len(shape) + 1 :].partition("(")
+            operands = _bracketed("(" + rest)[1:-1]
+            attributes = rest[len(operands) + 1 :].lstrip(", ")
+            here.append(Instruction(name, shape, operation, operands, attributes))
+    return found
+
+
+def _bracketed(text: str) -> str:
+    """Up to the bracket that closes the first one: a shape may have brackets within."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return text[: i + 1]
+    raise ValueError(f"A bracket is not closed: {text}")
+
+
+ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
+
+
+def nbytes(shape: str) -> int:
+    """Bytes in the device's memory of an array or a tuple of them.
+
+    What is marked S(1) and so on lies in a memory of the chip itself.
+    """
+    total = 0
+    for kind, bits, lengths, layout in ARRAY.findall(shape):
+        if "S(" not in layout:
+            elements = math.prod(int(length) for length in lengths.split(",") if length)
+            total += elements * (8 if kind == "pred" else int(bits)) // 8
+    return total
+
+
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done"}
+NESTED = {"call", "while", "conditional", "async-start"}  # not what a step is made of
+
+
+def work(compiled: Any) -> tuple[int, int]:
+    """The kernels of a module, and the bytes that they read and write: all operands and results.
+
+    What makes scalars only is no kernel here, and its bytes count.
+    """
+    entry = computations(compiled.as_text())["ENTRY"]
+    shapes = {instruction.name: instruction.shape for instruction in entry}
+    kernels = moved = 0
+    for _, shape, operation, operands, attributes in entry:
+        if operation in NESTED:
+            raise ValueError(f"The kernels inside a {operation} would not be counted.")
+        if operation in FREE or "ConcatBitcast" in attributes:
+            continue
+        kernels += any(lengths for _, _, lengths, _ in ARRAY.findall(shape))
+        if operation in ("copy-start", "slice-start"):  # its shape: (to, from, …), ((from), to, …)
+            to = [match[0] for match in ARRAY.finditer(shape)][operation == "slice-start"]
+            moved += nbytes(to) + nbytes(re.sub(r"S\(\d+\)", "", to))
+        else:
+            moved += nbytes(shape)
+            moved += sum(nbytes(shapes[name]) for name in re.findall(r"%[\w.\-]+", operands))
+    return kernels, moved
+
+
+# --- Work -----------------------------------------------------------------------------------------
+
+
+def stacked() -> list[tuple[int, ...]]:
+    """GPT-2 with its 12 layers in one leaf, as `jax.lax.scan` over layers wants them."""
+    first, second, *blocks, scale, bias = gpt2()
+    block = blocks[: len(blocks) // 12]
+    return [first, second, *((12, *shape) for shape in block), scale, bias]
+
+
+TREES = {"gpt2": gpt2, "stacked": stacked, "one-leaf": lambda: [(4096, 4096)]}
+
+
+class Choice(NamedTuple):
+    """The dtype of the weights, and the functions `init` and `step` of an optimizer."""
+
+    weights: str
+    functions: Callable[[], tuple[Callable, Callable]]
+
+
+def plain(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init, step
+
+
+def in_codes(how: storage.Storage) -> optax.GradientTransformation:
+    return adam_jax.adamw(1e-3, mu_storage=how, nu_storage=how)
+
+
+def flashoptim() -> tuple[Callable, Callable]:
+    """Its step is one function, a kernel of its own for every leaf."""
+    import flashoptim_jax
+
+    tx = flashoptim_jax.flash_adamw(1e-3)
+    return tx.init, tx.step
+
+
+CHOICES = {
+    "optax.adam": Choice("float32", lambda: plain(optax.adam(1e-3))),
+    "adam": Choice("float32", lambda: plain(adam_jax.adam(1e-3))),
+    "amsgrad": Choice("float32", lambda: plain(adam_jax.amsgrad(1e-3))),
+    "lion": Choice("float32", lambda: plain(adam_jax.lion(1e-3))),
+    "8-bit adamw": Choice("float32", lambda: plain(in_codes(storage.int8()))),
+    "4-bit adamw": Choice("float32", lambda: plain(in_codes(storage.int4()))),
+    "adamw, round_stochastically": Choice(
+        "bfloat16",
+        lambda: plain(optax.chain(adam_jax.adamw(1e-3), adam_jax.round_stochastically())),
+    ),
+    "8-bit adamw, compensate int8": Choice(
+        "bfloat16",
+        lambda: plain(optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8"))),
+    ),
+    "flashoptim-jax adamw": Choice("bfloat16", flashoptim),
+}
+
+
+def possible(choice: str, target: str) -> bool:
+    """flashoptim-jax is optional, and has kernels for GPUs only."""
+    there = importlib.util.find_spec("flashoptim_jax") is not None
+    return choice != "flashoptim-jax adamw" or (there and target == "h100")
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    tree: str
+    choice: str
+    target: str
+    limit: float  # bytes per parameter
+    leaves: int
+    kernels: int
+    bytes: float  # per parameter
+    temporaries: float  # bytes per parameter
+    seconds: float  # to trace, lower and compile
+
+
+def limit(init: Callable, params: Any) -> float:
+    """Read parameters, gradients and state; write parameters and state: bytes per parameter."""
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    count = sum(param.size for param in params)
+    return (3 * size(params) + 2 * size(jax.eval_shape(init, params))) / count
+
+
+def measure(tree: str, choice: str, target: str) -> Row:
+    weights, functions = CHOICES[choice]
+    params = [jax.ShapeDtypeStruct(shape, weights) for shape in TREES[tree]()]
+    init, step = functions()
+    start = time.perf_counter()
+    compiled = compiled_for(target, init, step, params)
+    seconds = time.perf_counter() - start
+    kernels, moved = work(compiled)
+    count = sum(param.size for param in params)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    least = limit(init, params)
+    return Row(
+        tree, choice, target, least, len(params), kernels, moved / count, temporaries / count,
+        seconds,
+    )  # fmt: skip
+
+
+def table(rows: list[Row], targets: list[str]) -> str:
+    """One line a choice, one column a target: kernels a leaf, bytes, temporaries, seconds."""
+    lines = [
+        "| tree | choice | limit | " + " | ".join(targets) + " |",
+        "|---" * (3 + len(targets)) + "|",
+    ]
+    cells: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        cell = (
+            f"{row.kernels / row.leaves:.1f}; {row.bytes:.1f}; {row.temporaries:.2f}; "
+            f"{row.seconds:.1f} s"
+        )
+        cells.setdefault((row.tree, row.choice, f"{row.limit:.2f}"), {})[row.target] = cell
+    for line, cell in cells.items():
+        lines.append("| " + " | ".join([*line, *(cell.get(t, "") for t in targets)]) + " |")
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    names = ["jax", "optax", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "libtpu", "flashoptim-jax"]
+    there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    found = ", ".join(f"{name} {there[name]}" for name in names if name in there)
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {found}"
+    )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """The bytes of every choice on every target, and its limit as a line."""
+    trees = list(dict.fromkeys(row.tree for row in rows))
+    targets = list(dict.fromkeys(row.target for row in rows))
+    figure, axes = plt.subplots(
+        len(trees), 1, figsize=(11, 4 * len(trees)), layout="constrained", squeeze=False
+    )
+    for tree, axis in zip(trees, axes[:, 0], strict=True):
+        here = [row for row in rows if row.tree == tree]
+        choices = list(dict.fromkeys(row.choice for row in here))
+        width = 0.8 / len(targets)
+        for i, target in enumerate(targets):
+            of = {row.choice: row.bytes for row in here if row.target == target}
+            at = [choices.index(choice) - 0.4 + (i + 0.5) * width for choice in of]
+            axis.bar(at, list(of.values()), width, label=target)
+        least = {row.choice: row.limit for row in here}
+        for at, choice in enumerate(choices):
+            line = axis.hlines(least[choice], at - 0.45, at + 0.45, color="black")
+        line.set_label("limit")
+        axis.set_xticks(range(len(choices)), [c.replace(", ", ",\n") for c in choices], fontsize=8)
+        axis.set(title=tree, ylabel="bytes moved per parameter")
+        axis.legend(ncols=len(targets) + 1)
+        axis.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=["cpu", "h100", "v5e"],
+        help="the devices to compile for (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--trees", nargs="+", choices=TREES, default=list(TREES),
+        help="the parameters (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--choices", nargs="+", choices=CHOICES, default=list(CHOICES),
+        help="the optimizers (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="where to write every figure (default: nowhere)")
+    parser.add_argument("--plot", type=Path, help="where to draw the bytes (default: nowhere)")
+    options = parser.parse_args()
+    for name in ("json", "plot"):
+        path = getattr(options, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name}: there is no directory {path.absolute().parent}")
+    jax.config.update("jax_platforms", "cpu")
+    if set(options.targets) - {"cpu"} and (reason := missing()):
+        parser.error(reason)
+    todo = [
+        (tree, choice, target)
+        for tree in options.trees
+        for choice in options.choices
+        for target in options.targets
+        if possible(choice, target)
+    ]
+    rows = [measure(*each) for each in tqdm(todo, "compiling", leave=False)]
+    print(versions())
+    print("each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; seconds\n")
+    print(table(rows, options.targets))
+    if options.json:
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    if options.plot:
+        draw(rows, options.plot)
+        print(f"\nbytes against the limit: {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
