@@ -129,26 +129,24 @@ class Instruction(NamedTuple):
     operation: str
     operands: str
     attributes: str
+    is_root: bool  # what its computation returns
 
 
 def computations(text: str) -> dict[str, list[Instruction]]:
-    """The computations of an HLO module by name, that of the whole module also as "ENTRY".
-
-    The last instruction of each is its result.
-    """
+    """The computations of an HLO module by name, that of the whole module also as "ENTRY"."""
     found: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?(%\S+) \(.*\{$", line):
             here = found[head[2]] = []
             if head[1]:
                 found["ENTRY"] = here
-        elif match := re.match(r"  (?:ROOT )?(%\S+) = (.*)", line):
-            name, rest = match.groups()
+        elif match := re.match(r"  (ROOT )?(%\S+) = (.*)", line):
+            root, name, rest = match.groups()
             shape = _bracketed(rest) if rest.startswith("(") else rest.split(" ", 1)[0]
             operation, _, rest = rest[len(shape) + 1 :].partition("(")
             operands = _bracketed("(" + rest)[1:-1]
             attributes = rest[len(operands) + 1 :].lstrip(", ")
-            here.append(Instruction(name, shape, operation, operands, attributes))
+            here.append(Instruction(name, shape, operation, operands, attributes, bool(root)))
     return found
 
 
@@ -190,7 +188,7 @@ def work(compiled: Any) -> tuple[int, int]:
     entry = computations(compiled.as_text())["ENTRY"]
     shapes = {instruction.name: instruction.shape for instruction in entry}
     kernels = moved = 0
-    for _, shape, operation, operands, attributes in entry:
+    for _, shape, operation, operands, attributes, _ in entry:
         if operation in NESTED:
             raise ValueError(f"The kernels inside a {operation} would not be counted.")
         if operation in FREE or "ConcatBitcast" in attributes:

@@ -1,0 +1,257 @@
+"""What XLA makes of a step for a GPU and a TPU, compiled without having them.
+
+That `adam`, `adamw`, `nadam` and `nadamw` are optax's there too is proved, not run: every array
+that a step returns is made by the same instructions, in the same order, of the same inputs, in the
+modules that XLA hands to its code generators, optimised and fused for the device.
+"""
+
+import math
+import re
+
+import accelerators
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adam_jax
+
+if reason := accelerators.missing():
+    # Nothing is collected then, and a run of this file alone ends with exit code 5: CI cannot pass.
+    pytest.skip(reason, allow_module_level=True)
+
+DEVICES = ["h100", "v5e"]
+SHAPES = {"kernel": (256, 300), "bias": (300,), "head": (300, 10)}
+PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
+SCHEDULE = optax.cosine_decay_schedule(1e-3, 100)
+MEMBERS = ["adam", "adamw", "nadam", "nadamw"]
+B1, B2 = 0.9, 0.999
+
+
+def compiled(device, tx):
+    with jax.numpy_dtype_promotion("standard"):
+        return accelerators.compiled_for(device, *accelerators.plain(tx), PARAMS)
+
+
+# --- Instructions as expressions ------------------------------------------------------------------
+
+
+class Expressions:
+    """What instructions compute: each expression a sign and a number, equal ones the same.
+
+    Only what IEEE arithmetic does not tell apart is one expression: x - y and x + (-y), products
+    that have their minus sign elsewhere, and those that have their factors in another order. Two
+    terms in another order are two expressions: a code generator contracts a product and a sum, and
+    of two products it may choose by the order.
+    """
+
+    def __init__(self):
+        self.numbers = {}
+        self.constants = {}  # the values of those that are
+
+    def of(self, *key):
+        return 1, self.numbers.setdefault(key, len(self.numbers))
+
+    def constant(self, dtype, value):
+        """As an array of the dtype has it."""
+        sign, value = math.copysign(1, value), abs(np.dtype(dtype).type(value))
+        _, number = self.of("constant", dtype, value)
+        self.constants[number] = value
+        return sign, number
+
+    def made(self, operation, kept, *operands):
+        """What an instruction makes of expressions; `kept` tells it from others of its name."""
+        folded = self.folded(operation, kept, *operands)
+        if folded is not None:
+            return folded
+        (sign, x), (other, y) = [*operands, (1, None)][:2]
+        match operation:
+            case "copy" | "copy-start" | "copy-done":
+                return operands[0]
+            case "negate":
+                return -sign, x
+            case "subtract":
+                return self.made("add", kept, (sign, x), (-other, y))
+            case "multiply":
+                return sign * other, self.of("multiply", *sorted((x, y)))[1]
+            case "divide":
+                return sign * other, self.of("divide", x, y)[1]
+            case "broadcast":
+                return sign, self.of("broadcast", kept, x)[1]
+            case _ if operation in ELEMENTWISE:
+                return self.of(operation, kept, *operands)
+        raise ValueError(f"{operation} is not arithmetic on elements.")
+
+    def folded(self, operation, kept, *operands):
+        """Arithmetic with a rate that is known to stay, which XLA does not know."""
+        match operation, [self.constants.get(x) for _, x in operands]:
+            case "abs", [value] if value is not None:
+                return 1, operands[0][1]
+            case "add", [value, same] if value is not None and value == same:
+                return self.constant("float32", 0) if operands[0][0] != operands[1][0] else None
+            case "multiply", [0, _] | [_, 0]:  # of a weight, which is finite
+                return self.constant("float32", 0)
+            case "add", [_, 0]:
+                return operands[0]
+            case "compare", [value, same] if value is not None and "direction=EQ" in kept:
+                return self.constant("bool", operands[0] == operands[1])
+            case "or", [_, value] if value:
+                return operands[1]
+            case "select", [value, _, _] if value:
+                return operands[1]
+
+
+ELEMENTWISE = "abs add bitcast compare convert cosine maximum minimum or power select sqrt".split()
+DTYPES = {"f32": "float32", "s32": "int32", "pred": "bool"}
+
+
+def returned(expressions, module, inputs, name="ENTRY"):
+    """The expressions that a computation returns."""
+    values = {}
+    for line in module[name]:
+        operands = [values[operand] for operand in re.findall(r"%[\w.\-]+", line.operands)]
+        shape = re.sub(r"\{[^}]*\}", "", line.shape)  # without its layout
+        match line.operation:
+            case "parameter":
+                value = inputs[int(line.operands)]
+            case "constant":
+                value = expressions.constant(DTYPES[shape[:-2]], float(line.operands))
+            case "tuple":
+                value = operands
+            case "get-tuple-element":
+                value = operands[0][int(re.search(r"index=(\d+)", line.attributes)[1])]
+            case "fusion":
+                called = re.search(r"calls=(%[\w.\-]+)", line.attributes)[1]
+                value = returned(expressions, module, operands, called)
+            case operation:
+                kept = re.findall(r"(?:dimensions|direction)=(?:\{[^}]*\}|\w+)", line.attributes)
+                if operation in ("broadcast", "bitcast", "convert"):
+                    kept.append(shape)
+                value = expressions.made(operation, tuple(kept), *operands)
+        values[line.name] = value
+        if line.is_root:
+            result = value
+    return result
+
+
+# --- The proof ------------------------------------------------------------------------------------
+
+
+def label(path):
+    """The same for the same input or output of both sides: both call the count of steps count."""
+    name = jax.tree_util.keystr(path)
+    return re.sub(r"^(\[\d\]\[[1-9]\])\.\w+$", "learning rate's count", name)
+
+
+def step_of(expressions, device, tx, known=None):
+    """What a step returns, by name, of inputs by name; `known` replaces some of these."""
+    module = compiled(device, tx)
+    state = jax.eval_shape(tx.init, PARAMS)
+    paths = [
+        label(path) for path, _ in jax.tree_util.tree_leaves_with_path((PARAMS, state, PARAMS))
+    ]
+    text = accelerators.computations(module.as_text())
+    assert sum(line.operation == "parameter" for line in text["ENTRY"]) == len(paths)
+    inputs = [expressions.of("input", path) for path in paths]
+    if known:
+        inputs = [known.get(path, given) for path, given in zip(paths, inputs, strict=True)]
+    new = [label(path) for path, _ in jax.tree_util.tree_leaves_with_path((PARAMS, state))]
+    return dict(zip(new, returned(expressions, text, inputs), strict=True))
+
+
+def next_count(expressions, count):
+    """One more, up to the largest int32."""
+    one, most = (expressions.constant("int32", value) for value in (1, 2**31 - 1))
+    below = expressions.made("compare", ("direction=LT",), count, most)
+    return expressions.made("select", (), below, expressions.made("add", (), count, one), most)
+
+
+def weight_after(expressions, rate, count):
+    """1 - rate ** (count + 1), as optax computes it in every step."""
+    rate = expressions.constant("float32", rate)
+    steps = expressions.made("convert", ("f32[]",), next_count(expressions, count))
+    power = expressions.made("power", (), rate, steps)
+    return expressions.made("subtract", (), expressions.constant("float32", 1), power)
+
+
+COUNT = "[1][0].count"
+
+
+def proved(device, ours, theirs):
+    """The results of both sides by name, and the weights that ours keeps: found, and due.
+
+    optax computes the weight 1 - b**t in every step, ours one step ahead, so the proof is by
+    induction: if the state has the weight that optax would compute now, the results are those of
+    optax, and the new state has the weight that optax would compute in the next step.
+    """
+    expressions = Expressions()
+    count = expressions.of("input", COUNT)
+    rates = {"[1][0].mu_weight": B1, "[1][0].nu_weight": B2}
+    now = {}
+    for weight, rate in rates.items():
+        now[f"{weight}.decay"] = expressions.constant("float32", rate)
+        now[f"{weight}.ahead"] = weight_after(expressions, rate, count)
+    theirs = step_of(expressions, device, theirs)
+    ours = step_of(expressions, device, ours, now)
+    due = {}
+    for weight, rate in rates.items():
+        due[f"{weight}.decay"] = expressions.constant("float32", rate)
+        due[f"{weight}.ahead"] = weight_after(expressions, rate, ours[COUNT])
+    return {name: ours[name] for name in theirs}, theirs, {name: ours[name] for name in due}, due
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_step_is_made_by_the_instructions_of_optax(device, name):
+    """Parameters, moments and counts, with a scheduled learning rate: the step of the induction.
+
+    What is proved is the same instructions, not the same bits: how a device rounds a root or a
+    power, and what its code generator contracts, is taken to depend on the instructions alone. It
+    is not proved what `pow` makes of an exponent of 1: see the next test.
+    """
+    ours, theirs, weights, due = proved(
+        device, getattr(adam_jax, name)(SCHEDULE), getattr(optax, name)(SCHEDULE)
+    )
+    assert ours == theirs
+    assert weights == due
+
+
+def test_the_weights_start_as_those_of_optax():
+    """The start of the induction: 1 - b, where optax computes 1 - b**1."""
+    state = adam_jax.adam(SCHEDULE).init(jnp.zeros(3))[0]
+    assert state.count == 0
+    for weight, rate in ((state.mu_weight, B1), (state.nu_weight, B2)):
+        assert weight.decay == np.float32(rate)
+        assert weight.ahead == 1 - np.float32(rate) ** np.float32(1)
+
+
+def in_another_order(grad, mu, nu, decay):
+    """The squared gradient's average, with one factor fewer."""
+    return nu + (1 - decay) * (grad * grad - nu)
+
+
+CONTROLS = {
+    "another eps": ({"eps": 1.0001e-8}, {"[0]"}),
+    "another rate": ({"b1": 0.8999}, {"[0]", ".mu"}),
+    "another order": ({"second_moment": in_another_order}, {"[0]", ".nu"}),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("control", CONTROLS)
+def test_other_instructions_are_told_apart(device, control):
+    changed, due = CONTROLS[control]
+    moments = {name: changed[name] for name in ("b1", "second_moment") if name in changed}
+    correction = {"eps": changed.get("eps", 1e-8)}
+    ours, theirs, *_ = proved(
+        device,
+        optax.chain(
+            adam_jax.scale_by_moments(**moments),
+            adam_jax.bias_correct(**correction),
+            adam_jax.scale_by_lr(SCHEDULE),
+        ),
+        optax.adam(SCHEDULE),
+    )
+    different = {name for name in theirs if ours[name] != theirs[name]}
+    assert {re.search(r"^\[0\]|\.\w+", name)[0] for name in different} == due
