@@ -102,7 +102,10 @@ class Expressions:
                 return operands[1]
 
 
-ELEMENTWISE = "abs add bitcast compare convert cosine maximum minimum or power select sqrt".split()
+ELEMENTWISE = (
+    "abs", "add", "bitcast", "compare", "convert", "cosine", "maximum", "minimum", "or", "power",
+    "select", "sqrt",
+)  # fmt: skip
 DTYPES = {"f32": "float32", "s32": "int32", "pred": "bool"}
 
 
