@@ -195,7 +195,9 @@ class Weight(NamedTuple):
         """Nothing gathered yet."""
         value, error, age = (jnp.zeros([], float) for _ in range(3))  # each may be donated
         decay = jnp.asarray(decay if isinstance(decay, float) else 0.0, float)
-        return cls(value, error, age, decay, 1 - decay)
+        # As in a step, by the device: its power may be inexact, which one that XLA folds is not.
+        one = jax.lax.optimization_barrier(jnp.ones([], float))
+        return cls(value, error, age, decay, 1 - decay**one)
 
     def gather(self, decay: Scalar) -> "Weight":
         """One step on: the moving average of the constant 1."""
