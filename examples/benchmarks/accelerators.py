@@ -280,7 +280,7 @@ class Row(NamedTuple):
     kernels: int
     bytes: float  # per parameter
     temporaries: float  # bytes per parameter
-    seconds: float  # to trace, lower and compile
+    seconds: float  # of all threads, to trace, lower and compile
 
 
 def limit(init: Callable, params: Any) -> float:
@@ -294,9 +294,9 @@ def measure(tree: str, choice: str, target: str) -> Row:
     weights, functions = CHOICES[choice]
     params = [jax.ShapeDtypeStruct(shape, weights) for shape in TREES[tree]()]
     init, step = functions()
-    start = time.perf_counter()
+    start = time.process_time()
     compiled = compiled_for(target, init, step, params)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     kernels, moved = work(compiled)
     count = sum(param.size for param in params)
     temporaries = compiled.memory_analysis().temp_size_in_bytes
@@ -308,7 +308,7 @@ def measure(tree: str, choice: str, target: str) -> Row:
 
 
 def table(rows: list[Row], targets: list[str]) -> str:
-    """One line a choice, one column a target: kernels a leaf, bytes, temporaries, seconds."""
+    """One line a choice, one column a target: kernels a leaf, bytes, temporaries, CPU time."""
     lines = [
         "| tree | choice | limit | " + " | ".join(targets) + " |",
         "|---" * (3 + len(targets)) + "|",
@@ -396,7 +396,7 @@ def main() -> None:
     ]
     rows = [measure(*each) for each in tqdm(todo, "compiling", leave=False)]
     print(versions())
-    print("each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; seconds\n")
+    print("each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; CPU time\n")
     print(table(rows, options.targets))
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
