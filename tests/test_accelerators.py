@@ -279,9 +279,9 @@ def test_other_instructions_are_told_apart(device, control):
 
 def costs(device, choice, shape=(512, 256)):
     """Kernels, and per parameter the bytes moved, those of temporaries, and the limit."""
-    weights, functions = accelerators.CHOICES[choice]
+    weights, optimizer, form = accelerators.CHOICES[choice]
     params = [jax.ShapeDtypeStruct(shape, weights)]
-    init, step = functions()
+    init, step = form(optimizer())
     with jax.numpy_dtype_promotion("standard"):
         module = accelerators.compiled_for(device, init, step, params)
         limit = accelerators.limit(init, params)

@@ -216,14 +216,9 @@ def stacked() -> list[tuple[int, ...]]:
 TREES = {"gpt2": gpt2, "stacked": stacked, "one-leaf": lambda: [(4096, 4096)]}
 
 
-class Choice(NamedTuple):
-    """The dtype of the weights, and the functions `init` and `step` of an optimizer."""
-
-    weights: str
-    functions: Callable[[], tuple[Callable, Callable]]
-
-
 def plain(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
+    """`init`, and `step(params, state, grads) -> (params, state)`."""
+
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
@@ -231,41 +226,40 @@ def plain(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
     return tx.init, step
 
 
+class Choice(NamedTuple):
+    weights: str  # their dtype
+    optimizer: Callable[[], Any]
+    form: Callable[[Any], tuple[Callable, Callable]] = plain  # to `init` and `step`
+
+
 def in_codes(how: storage.Storage) -> optax.GradientTransformation:
     return adam_jax.adamw(1e-3, mu_storage=how, nu_storage=how)
 
 
-def flashoptim() -> tuple[Callable, Callable]:
-    """Its step is one function, a kernel of its own for every leaf."""
+def flashoptim() -> Any:
     import flashoptim_jax
 
-    tx = flashoptim_jax.flash_adamw(1e-3)
-    return tx.init, tx.step
+    return flashoptim_jax.flash_adamw(1e-3)
 
 
+FLASHOPTIM = "flashoptim-jax adamw"
 CHOICES = {
-    "optax.adam": Choice("float32", lambda: plain(optax.adam(1e-3))),
-    "adam": Choice("float32", lambda: plain(adam_jax.adam(1e-3))),
-    "amsgrad": Choice("float32", lambda: plain(adam_jax.amsgrad(1e-3))),
-    "lion": Choice("float32", lambda: plain(adam_jax.lion(1e-3))),
-    "8-bit adamw": Choice("float32", lambda: plain(in_codes(storage.int8()))),
-    "4-bit adamw": Choice("float32", lambda: plain(in_codes(storage.int4()))),
+    "optax.adam": Choice("float32", lambda: optax.adam(1e-3)),
+    "adam": Choice("float32", lambda: adam_jax.adam(1e-3)),
+    "amsgrad": Choice("float32", lambda: adam_jax.amsgrad(1e-3)),
+    "lion": Choice("float32", lambda: adam_jax.lion(1e-3)),
+    "8-bit adamw": Choice("float32", lambda: in_codes(storage.int8())),
+    "4-bit adamw": Choice("float32", lambda: in_codes(storage.int4())),
     "adamw, round_stochastically": Choice(
-        "bfloat16",
-        lambda: plain(optax.chain(adam_jax.adamw(1e-3), adam_jax.round_stochastically())),
+        "bfloat16", lambda: optax.chain(adam_jax.adamw(1e-3), adam_jax.round_stochastically())
     ),
     "8-bit adamw, compensate int8": Choice(
-        "bfloat16",
-        lambda: plain(optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8"))),
+        "bfloat16", lambda: optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8"))
     ),
-    "flashoptim-jax adamw": Choice("bfloat16", flashoptim),
+    FLASHOPTIM: Choice("bfloat16", flashoptim, lambda tx: (tx.init, tx.step)),
 }
-
-
-def possible(choice: str, target: str) -> bool:
-    """flashoptim-jax is optional, and has kernels for GPUs only."""
-    there = importlib.util.find_spec("flashoptim_jax") is not None
-    return choice != "flashoptim-jax adamw" or (there and target == "h100")
+if importlib.util.find_spec("flashoptim_jax") is None:
+    del CHOICES[FLASHOPTIM]
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -291,9 +285,9 @@ def limit(init: Callable, params: Any) -> float:
 
 
 def measure(tree: str, choice: str, target: str) -> Row:
-    weights, functions = CHOICES[choice]
+    weights, optimizer, form = CHOICES[choice]
     params = [jax.ShapeDtypeStruct(shape, weights) for shape in TREES[tree]()]
-    init, step = functions()
+    init, step = form(optimizer())
     start = time.process_time()
     compiled = compiled_for(target, init, step, params)
     seconds = time.process_time() - start
@@ -392,7 +386,7 @@ def main() -> None:
         for tree in options.trees
         for choice in options.choices
         for target in options.targets
-        if possible(choice, target)
+        if choice != FLASHOPTIM or target == "h100"  # it has kernels for GPUs only
     ]
     rows = [measure(*each) for each in tqdm(todo, "compiling", leave=False)]
     print(versions())
