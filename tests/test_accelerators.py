@@ -86,7 +86,7 @@ class Expressions:
         raise ValueError(f"{operation} is not arithmetic on elements.")
 
     def folded(self, operation, kept, *operands):
-        """Arithmetic with a rate that is known to stay, which XLA does not know."""
+        """Arithmetic with a rate that is known to stay, which XLA did not know."""
         match operation, [self.constants.get(x) for _, x in operands]:
             case "abs", [value] if value is not None:
                 return 1, operands[0][1]
@@ -96,7 +96,7 @@ class Expressions:
                 return self.constant("float32", 0)
             case "add", [_, 0]:
                 return operands[0]
-            case "compare", [value, same] if value is not None and "direction=EQ" in kept:
+            case "compare", [value, same] if None not in (value, same) and "direction=EQ" in kept:
                 return self.constant("bool", operands[0] == operands[1])
             case "or", [_, value] if value:
                 return operands[1]
@@ -143,26 +143,23 @@ def returned(expressions, module, inputs, name="ENTRY"):
 # --- The proof ------------------------------------------------------------------------------------
 
 
-def label(path):
-    """The same for the same input or output of both sides: both call the count of steps count."""
-    name = jax.tree_util.keystr(path)
-    return re.sub(r"^(\[\d\]\[[1-9]\])\.\w+$", "learning rate's count", name)
+def names(tree):
+    """Of the leaves of inputs or results, the same for both sides."""
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [re.sub(r"^\[1\]\[[1-9]\]\.\w+$", "learning rate's count", path) for path in paths]
 
 
 def step_of(expressions, device, tx, known=None):
     """What a step returns, by name, of inputs by name; `known` replaces some of these."""
-    module = compiled(device, tx)
+    module = accelerators.computations(compiled(device, tx).as_text())
     state = jax.eval_shape(tx.init, PARAMS)
-    paths = [
-        label(path) for path, _ in jax.tree_util.tree_leaves_with_path((PARAMS, state, PARAMS))
+    known = known or {}
+    inputs = [
+        known.get(name, expressions.of("input", name)) for name in names((PARAMS, state, PARAMS))
     ]
-    text = accelerators.computations(module.as_text())
-    assert sum(line.operation == "parameter" for line in text["ENTRY"]) == len(paths)
-    inputs = [expressions.of("input", path) for path in paths]
-    if known:
-        inputs = [known.get(path, given) for path, given in zip(paths, inputs, strict=True)]
-    new = [label(path) for path, _ in jax.tree_util.tree_leaves_with_path((PARAMS, state))]
-    return dict(zip(new, returned(expressions, text, inputs), strict=True))
+    assert sum(line.operation == "parameter" for line in module["ENTRY"]) == len(inputs)
+    results = returned(expressions, module, inputs)
+    return dict(zip(names((PARAMS, state)), results, strict=True))
 
 
 def next_count(expressions, count):
@@ -228,12 +225,8 @@ def test_the_weights_start_as_those_of_optax(device):
     there = jax.sharding.SingleDeviceSharding(accelerators.device(device))
     module = jax.jit(init, out_shardings=there).lower(PARAMS).compile().as_text()
     expressions = Expressions()
-    names = [
-        label(path) for path, _ in jax.tree_util.tree_leaves_with_path(jax.eval_shape(init, PARAMS))
-    ]
-    state = dict(
-        zip(names, returned(expressions, accelerators.computations(module), []), strict=True)
-    )
+    results = returned(expressions, accelerators.computations(module), [])
+    state = dict(zip(names(jax.eval_shape(init, PARAMS)), results, strict=True))
     assert state["[0].count"] == expressions.constant("int32", 0)
     one = expressions.constant("float32", 1)
     for weight, rate in (("mu_weight", B1), ("nu_weight", B2)):
