@@ -65,6 +65,7 @@ from adam_jax.rounding import (
     compensate,
     round_stochastically,
 )
+from adam_jax.sharding import state_shardings
 from adam_jax.signal import Average, Moments
 
 __version__ = "0.1.0"
@@ -105,6 +106,8 @@ __all__ = [
     "compensate",
     # a stage whose output is computed apart from its state: one kernel a leaf on a CPU
     "recompute",
+    # where the state lives on many devices
+    "state_shardings",
     # the states
     "ScaleByMomentsState",
     "Weight",

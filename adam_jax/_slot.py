@@ -1,6 +1,5 @@
 """One kept moment of a tree: what the state of a stage holds of it, and how a step gets at it."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from jax.core import Tracer
 
 from adam_jax._numbers import accumulator, check_dtype, real
 from adam_jax._tree import NOTHING, at, check_match, kind, leaves_by_path, place
+from adam_jax.sharding import beside
 from adam_jax.storage import Leaf, Storage, cast
 
 FULL = Storage(lambda moment, leaf: moment, lambda stored, leaf: stored, fits=lambda leaf: False)
@@ -214,21 +214,11 @@ class Slot(NamedTuple):
 def _beside(part: Any, param: Any) -> Any:
     """On a mesh with automatic axes: what is stored of a parameter, laid out as the parameter is.
 
-    There XLA decides by itself where the results of `init` lie, if it is not jitted. An axis that
-    the mesh does not divide lies on every device.
+    There XLA decides by itself where the results of `init` lie, if it is not jitted.
     """
     sharding = getattr(param, "sharding", None)
     if isinstance(part, Tracer) or not isinstance(sharding, jax.sharding.NamedSharding):
         return part
-    if part.ndim != jnp.ndim(param) or sharding.is_fully_replicated:
-        return part
-    names = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
-    for axis, name in enumerate(names):
-        each = name if isinstance(name, tuple) else (name,)
-        shards = math.prod(sharding.mesh.shape[n] for n in each if n is not None)
-        names[axis] = name if part.shape[axis] % shards == 0 else None
-    spec = jax.sharding.PartitionSpec(*names)
-    beside = jax.sharding.NamedSharding(sharding.mesh, spec)
     if part.is_fully_addressable:
-        return jax.device_put(part, beside)
+        return jax.device_put(part, beside(part.shape, jnp.shape(param), sharding))
     return part  # of a mesh that processes share no single one moves an array

@@ -1,0 +1,191 @@
+"""Where the state lives on many devices: beside the parameters that it belongs to."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from adam_jax._tree import at
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, *, zero: str | None = None
+) -> Any:
+    r"""The shardings of an optimizer's state, from those of the parameters.
+
+    A part of the state that belongs to a parameter is laid out axis by axis as the parameter is:
+    moments, their codes and scales, rows and columns, residuals, gradients that are gathered over
+    several steps. An axis that the mesh does not divide lies whole on every device, and so do
+    counts, weights, and all that belongs to no parameter. An axis that was dropped or added is
+    found by the lengths of the others; where that has two answers, as for the rows of a square
+    matrix in `optax.adafactor`, it lies whole on every device.
+
+    With `zero` no device keeps a copy of what another one keeps: a part of the state that would lie
+    whole on every device along that axis of the mesh is split along it, all parts of one
+    parameter in the same way. Of the axes of the parameter it is the one that leaves the fewest
+    bytes on a device (so blocks of 8 bits are not cut where another axis is as good), of those the
+    longest. This is stage 1 of ZeRO: compiled with these `out_shardings`, a step reduces the
+    gradients, updates its part of the state, and gathers the updates.
+
+    Make the state with ``jax.jit(tx.init, out_shardings=...)``: each device then makes its own
+    part of it and never holds a whole moment. On several processes this is the only safe way:
+    call by call, each of them starts its collectives in an order of its own, and they may wait
+    for each other forever.
+
+    Args:
+      tx: any optax transformation whose state holds trees shaped like the parameters.
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, that carry `NamedSharding`\ s of one
+        mesh.
+      zero: the name of the axis of the mesh over which the batch is split, to split the state over
+        it too; None leaves the state as the parameters are. Default None.
+
+    Returns:
+      A tree like ``tx.init(params)`` of `NamedSharding`\ s.
+
+    Raises:
+      ValueError: if a parameter carries no `NamedSharding`, or one of another mesh, naming it; if
+        there are no parameters; if the mesh has no axis `zero`.
+
+    Example:
+      >>> import adam_jax, jax, jax.numpy as jnp
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+      >>> params = jax.device_put({"kernel": jnp.zeros((64, 128))}, everywhere)
+      >>> tx = adam_jax.adam(1e-3)
+      >>> shardings = adam_jax.state_shardings(tx, params, zero="data")
+      >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
+      >>> print(state[0].mu["kernel"].addressable_shards[0].data.size * jax.device_count())
+      8192
+
+    Source: Rajbhandari et al., "ZeRO" (arXiv 1910.02054), section 5.1.
+    """
+    layouts = _layouts(params)
+    mesh = next(iter(layouts.values()))[1].mesh
+    if zero is not None and zero not in mesh.axis_names:
+        raise ValueError(f"zero must be an axis of the mesh, {mesh.axis_names}, got {zero!r}.")
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    state = jax.eval_shape(tx.init, shapes)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    parts: dict[Any, list[Any]] = {place: [] for place in layouts}
+    owners = [_owner(path, layouts) for path, _ in leaves]
+    for owner, (_, leaf) in zip(owners, leaves, strict=True):
+        if owner is not None:
+            parts[owner].append(leaf)
+    if zero is not None:
+        layouts = {
+            place: (shape, _split(zero, shape, sharding, parts[place]))
+            for place, (shape, sharding) in layouts.items()
+        }
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = [
+        everywhere if owner is None else beside(leaf.shape, *layouts[owner])
+        for owner, (_, leaf) in zip(owners, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shardings)
+
+
+def beside(
+    shape: tuple[int, ...], param_shape: tuple[int, ...], sharding: NamedSharding
+) -> NamedSharding:
+    """The layout of what is stored of a parameter: axis by axis that of the parameter.
+
+    With fewer axes than the parameter, or more, it has those of the same lengths in the same order.
+    An axis that the mesh does not divide, or that may be one of several, lies on every device.
+    """
+    names, spec = _names(sharding, param_shape), []
+    ways = list(_ways(shape, param_shape))
+    for axis, length in enumerate(shape):
+        found = {() if way[axis] is None else names[way[axis]] for way in ways}
+        of_axis = found.pop() if len(found) == 1 else ()
+        shards = math.prod(sharding.mesh.shape[name] for name in of_axis)
+        spec.append(of_axis if length % shards == 0 else ())
+    return _with_names(sharding, spec)
+
+
+def _ways(shape: tuple[int, ...], param_shape: tuple[int, ...]) -> Iterator[Sequence[Any]]:
+    """For each axis of what is stored, the axis of the parameter or None: in all possible ways."""
+    ours, theirs = range(len(shape)), range(len(param_shape))
+    if len(ours) == len(theirs):
+        yield theirs  # codes and scales are shorter than the parameter
+    elif len(ours) < len(theirs):
+        for axes in itertools.combinations(theirs, len(ours)):
+            if all(shape[a] == param_shape[b] for a, b in zip(ours, axes, strict=True)):
+                yield axes
+    else:
+        for axes in itertools.combinations(ours, len(theirs)):
+            if all(shape[a] == param_shape[b] for a, b in zip(axes, theirs, strict=True)):
+                yield [axes.index(a) if a in axes else None for a in ours]
+
+
+def _split(
+    zero: str, shape: tuple[int, ...], sharding: NamedSharding, parts: list[Any]
+) -> NamedSharding:
+    """The layout of a parameter whose parts of the state are split over one more axis of the mesh.
+
+    Of equally good ones, an axis that is not split yet, the longest, the first.
+    """
+    names = _names(sharding, shape)
+    if any(zero in each for each in names):
+        return sharding
+    axes = sorted(range(len(shape)), key=lambda axis: (len(names[axis]), -shape[axis]))
+    splits = [
+        _with_names(sharding, [(*n, zero) if a == axis else n for a, n in enumerate(names)])
+        for axis in axes
+    ]
+
+    def local_bytes(sharding):
+        return sum(
+            math.prod(beside(part.shape, shape, sharding).shard_shape(part.shape))
+            * part.dtype.itemsize
+            for part in parts
+        )
+
+    return min([sharding, *splits], key=local_bytes)
+
+
+def _layouts(params: Any) -> dict[tuple, tuple[tuple[int, ...], NamedSharding]]:
+    """The shape and the sharding of every parameter, by its place."""
+    layouts: dict[tuple, Any] = {}
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        sharding = None if isinstance(param, Tracer) else getattr(param, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            raise ValueError(
+                f"state_shardings needs to know where the parameters lie, but the one{at(path)} "
+                f"has {'no sharding' if sharding is None else sharding}, where a NamedSharding is "
+                f"due: put it on the mesh with jax.device_put, or give a jax.ShapeDtypeStruct with "
+                f"one."
+            )
+        first, (_, other) = next(iter(layouts.items()), (path, (None, sharding)))
+        if sharding.mesh != other.mesh:
+            raise ValueError(
+                f"state_shardings needs all parameters on one mesh, but the one{at(path)} lies on "
+                f"{sharding.mesh}, and the one{at(first)} on {other.mesh}."
+            )
+        layouts[path] = param.shape, sharding
+    if not layouts:
+        raise ValueError("state_shardings needs a parameter, to know the mesh from it.")
+    return layouts
+
+
+def _owner(path: tuple, layouts: dict[tuple, Any]) -> tuple | None:
+    """The place of the parameter that a part of a state belongs to: how the part's own ends."""
+    ends = (path[start:] for start in range(len(path) + 1))
+    return next((end for end in ends if end in layouts), None)
+
+
+# --- The axes of the mesh that an axis of an array is split over, always as a tuple --------------
+
+
+def _names(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
+    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
+    return [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
+
+
+def _with_names(sharding: NamedSharding, names: list[tuple[Any, ...]]) -> NamedSharding:
+    spec = PartitionSpec(*[each[0] if len(each) == 1 else each or None for each in names])
+    return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
