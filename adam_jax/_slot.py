@@ -68,14 +68,14 @@ class Slot(NamedTuple):
         leaves, structure = self._leaves(params, 0)
         stored = []
         for leaf, param in zip(leaves, jax.tree.leaves(params), strict=True):
-            full = jnp.full_like(param, value, dtype=leaf.dtype)
             if self.storage.fits(leaf):
-                # Unless it is kept from knowing them, XLA works out the codes of constants in
-                # compilation.
-                new = self.storage.save(jax.lax.optimization_barrier(full), leaf)
+                # Unless it is kept from knowing the value, XLA works out the codes in compilation.
+                start = jax.lax.optimization_barrier(jnp.asarray(value, leaf.dtype))
+                new = self.storage.save(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
                 self._check_saved(new, leaf)
                 stored.append(jax.tree.map(lambda part, p=param: _beside(part, p), new))
             else:
+                full = jnp.full_like(param, value, dtype=leaf.dtype)
                 stored.append(self._whole(full))
         return self._tree(stored, structure)
 
