@@ -16,36 +16,41 @@ from adam_jax._tree import at
 def state_shardings(
     tx: optax.GradientTransformation, params: Any, *, zero: str | None = None
 ) -> Any:
-    r"""The shardings of an optimizer's state, from those of the parameters.
+    """The shardings of an optimizer's state, from those of the parameters.
 
-    A part of the state that belongs to a parameter is laid out axis by axis as the parameter is:
-    moments, their codes and scales, rows and columns, residuals, gradients that are gathered over
-    several steps. An axis that the mesh does not divide lies whole on every device, and so do
-    counts, weights, and all that belongs to no parameter. An axis that was dropped or added is
-    found by the lengths of the others; where that has two answers, as for the rows of a square
-    matrix in `optax.adafactor`, it lies whole on every device.
+    What belongs to a parameter is laid out axis by axis as the parameter is: moments, their codes
+    and scales, rows and columns, residuals, gradients that are gathered over several steps. An axis
+    that the mesh does not divide lies whole on every device, and so do counts, weights, and all
+    that belongs to no parameter. An axis that was dropped or added is found by the lengths of the
+    others; where that has two answers, as for the rows of a square matrix in `optax.adafactor`, it
+    lies whole on every device too.
 
-    With `zero` no device keeps a copy of what another one keeps: a part of the state that would lie
-    whole on every device along that axis of the mesh is split along it, all parts of one
-    parameter in the same way. Of the axes of the parameter it is the one that leaves the fewest
-    bytes on a device (so blocks of 8 bits are not cut where another axis is as good), of those the
-    longest. This is stage 1 of ZeRO: compiled with these `out_shardings`, a step reduces the
-    gradients, updates its part of the state, and gathers the updates.
+    With `zero` the state of a parameter that is not split over that axis of the mesh is split over
+    it, all parts of it along one axis of the parameter: the one that leaves the fewest bytes on a
+    device (so blocks of 8 bits are not cut where another axis does as well), of those the longest.
+    What no axis divides stays whole. This is stage 1 of ZeRO: a step adds up the gradients, updates
+    a part of the state on each device, and gathers the new parameters.
 
-    Make the state with ``jax.jit(tx.init, out_shardings=...)``: each device then makes its own
-    part of it and never holds a whole moment. On several processes this is the only safe way:
-    call by call, each of them starts its collectives in an order of its own, and they may wait
-    for each other forever.
+    Make the state with ``jax.jit(tx.init, out_shardings=shardings)``: each device makes its own
+    part and never holds a whole moment. On several processes it must be made so: call by call, each
+    process starts its collectives in an order of its own, and they may wait for each other forever.
+    Where a framework calls `init`, give it ``optax.GradientTransformationExtraArgs(init,
+    tx.update)`` with this compiled `init`. (Flax NNX lays out all that is in the box of an
+    annotated parameter by the annotation, though it may not divide the scales: annotate with
+    ``eager_sharding=False``.)
+
+    Compile the step with the shardings of the parameters and these as `out_shardings`: left alone,
+    XLA leaves the new parameters split as the state is.
 
     Args:
       tx: any optax transformation whose state holds trees shaped like the parameters.
-      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, that carry `NamedSharding`\ s of one
-        mesh.
-      zero: the name of the axis of the mesh over which the batch is split, to split the state over
-        it too; None leaves the state as the parameters are. Default None.
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct`, whose `sharding` is a
+        `NamedSharding`, all of one mesh, with automatic or explicit axes.
+      zero: the axis of the mesh over which the batch is split, to split the state over it too. None
+        lays out the state as the parameters are. Default None.
 
     Returns:
-      A tree like ``tx.init(params)`` of `NamedSharding`\ s.
+      A tree like ``tx.init(params)``, with a `NamedSharding` for each array.
 
     Raises:
       ValueError: if a parameter carries no `NamedSharding`, or one of another mesh, naming it; if
@@ -104,7 +109,7 @@ def beside(
         of_axis = found.pop() if len(found) == 1 else ()
         shards = math.prod(sharding.mesh.shape[name] for name in of_axis)
         spec.append(of_axis if length % shards == 0 else ())
-    return _with_names(sharding, spec)
+    return sharding if spec == names else _with_names(sharding, spec)
 
 
 def _ways(shape: tuple[int, ...], param_shape: tuple[int, ...]) -> Iterator[Sequence[Any]]:
