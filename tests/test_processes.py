@@ -1,5 +1,6 @@
 """Two real processes on loopback with four devices each: the numbers of one process with eight."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -63,11 +64,20 @@ def train():
         with jax.numpy_dtype_promotion("standard"):
             return optax.apply_updates(params, updates), state
 
-    @jax.jit
+    shardings = {
+        name: adam_jax.state_shardings(tx, params[name], zero="data")
+        for name, tx in OPTIMIZERS.items()
+    }
+    places = {
+        name: (jax.tree.map(lambda p: p.sharding, params[name]), shardings[name])
+        for name in OPTIMIZERS
+    }
+
+    @functools.partial(jax.jit, out_shardings=places)
     def step(now, batch, weights):
         return {name: one_step(tx, *now[name], batch, weights) for name, tx in OPTIMIZERS.items()}
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=shardings)
     def start(params):
         return {name: tx.init(params[name]) for name, tx in OPTIMIZERS.items()}
 
