@@ -31,6 +31,7 @@ from adam_jax.moments import (
     Weight,
     accumulated,
     belief,
+    from_optax,
     infinity,
     scale_by_moments,
     squared,
@@ -106,6 +107,8 @@ __all__ = [
     "compensate",
     # a stage whose output is computed apart from its state: one kernel a leaf on a CPU
     "recompute",
+    # a running job goes on here
+    "from_optax",
     # where the state lives on many devices
     "state_shardings",
     # the states

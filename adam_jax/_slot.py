@@ -1,6 +1,7 @@
 """One kept moment of a tree: what the state of a stage holds of it, and how a step gets at it."""
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,10 @@ from adam_jax._numbers import accumulator, check_dtype, real
 from adam_jax._tree import NOTHING, at, check_match, kind, leaves_by_path, place
 from adam_jax.sharding import beside
 from adam_jax.storage import Leaf, Storage, cast
+
+# What moments start from while `moments.from_optax` makes a state, by stage and moment, and by the
+# place of the parameter. An `init` takes the parameters and nothing else.
+STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
 
 FULL = Storage(lambda moment, leaf: moment, lambda stored, leaf: stored, fits=lambda leaf: False)
 
@@ -68,16 +73,29 @@ class Slot(NamedTuple):
         leaves, structure = self._leaves(params, 0)
         stored = []
         for leaf, param in zip(leaves, jax.tree.leaves(params), strict=True):
+            start = self._start(leaf, jnp.shape(param), value)
             if self.storage.fits(leaf):
                 # Unless it is kept from knowing the value, XLA works out the codes in compilation.
-                start = jax.lax.optimization_barrier(jnp.asarray(value, leaf.dtype))
+                start = jax.lax.optimization_barrier(jnp.asarray(start, leaf.dtype))
                 new = self.storage.save(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
                 self._check_saved(new, leaf)
                 stored.append(jax.tree.map(lambda part, p=param: _beside(part, p), new))
             else:
-                full = jnp.full_like(param, value, dtype=leaf.dtype)
-                stored.append(self._whole(full))
+                stored.append(self._whole(jnp.full_like(param, start, dtype=leaf.dtype)))
         return self._tree(stored, structure)
+
+    def _start(self, leaf: Leaf, shape: tuple[int, ...], value: float) -> Any:
+        starts = STARTS.get({}).get((self.stage, self.moment))
+        if starts is None:
+            return value
+        start = starts.pop(leaf.path, None)
+        if start is None or jnp.shape(start) != shape:
+            was = "none" if start is None else f"one of shape {jnp.shape(start)}"
+            raise ValueError(
+                f"{self.stage} needs a {self.moment} of shape {shape} for the parameter at "
+                f"{leaf.path!r}, and the state has {was}."
+            )
+        return jnp.array(start)  # a copy, that may be donated
 
     def open(self, kept: Any, grads: Any, count: Any) -> tuple[Any, Callable[[Any], Any]]:
         """The moments that a state keeps, and the function from new ones to what to keep of them.

@@ -1,0 +1,407 @@
+"""States that are kept, brought back and taken over: training goes on as if nothing had been."""
+
+import functools
+import inspect
+import io
+import itertools
+import pickle
+
+import chains
+import chex
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from flax import serialization
+from jax.sharding import NamedSharding, PartitionSpec
+from support import assert_close
+
+import adam_jax
+from adam_jax import storage
+
+RNG = np.random.default_rng(0)
+START = {"kernel": RNG.normal(size=(64, 64)), "bias": RNG.normal(size=3)}
+
+
+def gradients(steps):
+    return {name: RNG.normal(size=(steps, *x.shape)).astype("float32") for name, x in START.items()}
+
+
+# --- Round trips ----------------------------------------------------------------------------------
+
+STORAGES = {
+    "whole": {},
+    "cast": {"mu_storage": "bfloat16", "nu_storage": "bfloat16"},
+    "stochastic": {"mu_storage": storage.stochastic(), "nu_storage": storage.stochastic()},
+    "int8": {"mu_storage": storage.int8(), "nu_storage": storage.int8()},
+    "int4": {"mu_storage": storage.int4(), "nu_storage": storage.int4()},
+    "factored": {"mu_storage": storage.int8(), "nu_storage": storage.factored()},
+    "block_mean": {"mu_storage": storage.int4(), "nu_storage": storage.block_mean()},
+}  # fmt: skip
+ROUNDINGS = {
+    "float32": None,
+    "round_stochastically": adam_jax.round_stochastically(),
+    "compensate": adam_jax.compensate(),
+    "compensate int8": adam_jax.compensate("int8"),
+}
+WRAPPERS = {
+    "bare": lambda factory: factory(1e-2),
+    "inject_hyperparams": lambda factory: optax.inject_hyperparams(
+        lambda learning_rate: factory(learning_rate), hyperparam_dtype=jnp.float32
+    )(1e-2),
+    "MultiSteps": lambda factory: optax.MultiSteps(factory(1e-2), 2).gradient_transformation(),
+    "partition": lambda factory: optax.partition(
+        {"slow": factory(1e-3), "fast": factory(1e-2)}, {"kernel": "slow", "bias": "fast"}
+    ),
+    "schedule_free": lambda factory: optax.contrib.schedule_free(factory(1e-2), 1e-2),
+}
+
+
+def cases():
+    """Every member, and along with them every storage, every rounding and every wrapper.
+
+    The numbers of the three have no common divisor, so that different ones meet.
+    """
+    turns = zip(*map(itertools.cycle, (STORAGES, ROUNDINGS, WRAPPERS)), strict=True)
+    for (name, factory), (kept, rounding, wrapper) in zip(
+        chains.members().items(), turns, strict=False
+    ):
+        yield f"{name}, {kept}, {rounding}, {wrapper}", optimizer(factory, kept, rounding, wrapper)
+
+
+def optimizer(factory, kept, rounding, wrapper):
+    taken = inspect.signature(factory).parameters
+    how = {key: value for key, value in STORAGES[kept].items() if key in taken}
+    last = ROUNDINGS[rounding]
+
+    def rounded(learning_rate):
+        tx = factory(learning_rate, **how)
+        return tx if last is None else optax.chain(tx, last)
+
+    return WRAPPERS[wrapper](rounded), "float32" if last is None else "bfloat16"
+
+
+CASES = dict(cases())
+
+
+def random_bits(leaf):
+    """Any array of this kind, without NaN."""
+    bits = RNG.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), "uint8")
+    array = bits.view(leaf.dtype).reshape(leaf.shape)
+    with np.errstate(invalid="ignore"):
+        return jnp.asarray(np.where(np.isfinite(array), array, np.zeros_like(array)))
+
+
+@functools.cache
+def any_state():
+    """Parameters and state of every case, filled with random bits."""
+    shapes = {}
+    for name, (tx, dtype) in CASES.items():
+        params = {leaf: jax.ShapeDtypeStruct(x.shape, dtype) for leaf, x in START.items()}
+        shapes[name] = params, jax.eval_shape(tx.init, params)
+    return jax.tree.map(random_bits, shapes)
+
+
+def by_orbax(now, like, path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", now)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", like)
+
+
+def by_flax(now, like, path):
+    return serialization.from_bytes(jax.tree.map(jnp.zeros_like, now), serialization.to_bytes(now))
+
+
+def by_pickle(now, like, path):
+    return pickle.loads(pickle.dumps(now))
+
+
+def by_equinox(now, like, path):
+    file = io.BytesIO()
+    eqx.tree_serialise_leaves(file, now)
+    file.seek(0)
+    return eqx.tree_deserialise_leaves(file, like)
+
+
+@pytest.mark.parametrize("trip", [by_orbax, by_flax, by_pickle, by_equinox])
+def test_round_trips(trip, tmp_path):
+    """What comes back is the same, bit for bit, in the same containers."""
+    now = any_state()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), now)
+    restored = trip(now, like, tmp_path)
+    chex.assert_trees_all_equal_structs(restored, now)
+    chex.assert_trees_all_equal(restored, now, strict=True)
+
+
+# With every storage, every rounding and every wrapper between them.
+GOING_ON = {
+    name: case
+    for name, case in CASES.items()
+    if name.startswith(("adamw,", "adam_atan2,", "laprop,", "adopt,", "ademamix,"))
+}
+
+
+@jax.jit
+def ten_steps(now, grads):
+    def step(now, grads):
+        new = {}
+        for name, (tx, _) in GOING_ON.items():
+            params, state = now[name]
+            of = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+            updates, state = tx.update(of, state, params)
+            new[name] = optax.apply_updates(params, updates), state
+        return new, None
+
+    with jax.numpy_dtype_promotion("standard"):  # of the wrappers
+        return jax.lax.scan(step, now, grads)[0]
+
+
+def test_ten_more_steps(tmp_path):
+    """After a round trip they are those without it; the other kinds bring back the same."""
+    start = {}
+    for name, (tx, dtype) in GOING_ON.items():
+        params = {leaf: jnp.asarray(x, dtype) for leaf, x in START.items()}
+        start[name] = params, tx.init(params)
+    steps = ten_steps.lower(start, gradients(10)).compile()
+    now = steps(start, gradients(10))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), now)
+    restored, more = by_orbax(now, like, tmp_path), gradients(10)
+    later = steps(now, more)
+    chex.assert_trees_all_equal(steps(restored, more), later, strict=True)
+    assert all(jnp.any(later[name][0]["kernel"] != now[name][0]["kernel"]) for name in now)
+
+
+def test_a_schedule_and_back():
+    """A constant rate, a schedule and a constant again: one state all along, the same numbers."""
+    constant, scheduled = map(adam_jax.adamw, (1e-2, optax.constant_schedule(1e-2)))
+    params = {"kernel": jnp.asarray(START["kernel"], "float32")}
+    step = jax.jit(lambda tx, *args: tx.update(*args), static_argnums=0)
+    plain = changing = constant.init(params)
+    for tx in (constant, scheduled, constant):
+        expected, plain = step(constant, params, plain, params)
+        updates, changing = step(tx, params, changing, params)
+        chex.assert_trees_all_equal((updates, changing), (expected, plain), strict=True)
+
+
+# --- From optax -----------------------------------------------------------------------------------
+
+PARAMS = {name: jnp.asarray(x, "float32") for name, x in START.items()}
+SCHEDULE = optax.cosine_decay_schedule(1e-2, 30)
+TAKEN = {
+    "radam": (optax.radam(1e-2), adam_jax.radam(1e-2)),
+    "adabelief": (optax.adabelief(1e-2), adam_jax.adabelief(1e-2)),
+    "yogi": (optax.yogi(1e-2), adam_jax.yogi(1e-2)),
+    "amsgrad": (optax.amsgrad(1e-2), adam_jax.amsgrad(1e-2)),
+    "lion": (optax.lion(1e-2), adam_jax.lion(1e-2)),
+    "ademamix": (optax.contrib.ademamix(1e-2), adam_jax.ademamix(1e-2)),
+    "in a chain": tuple(
+        optax.chain(optax.clip_by_global_norm(1.0), library.adam(1e-2))
+        for library in (optax, adam_jax)
+    ),
+    "masked": tuple(
+        optax.masked(library.adamw(SCHEDULE), lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+        for library in (optax, adam_jax)
+    ),
+    "partition": tuple(
+        optax.partition(
+            {"slow": library.adamw(1e-3), "fast": library.adamw(SCHEDULE)},
+            {"kernel": "slow", "bias": "fast"},
+        )
+        for library in (optax, adam_jax)
+    ),
+    "inject_hyperparams": tuple(
+        optax.inject_hyperparams(library.adamw, hyperparam_dtype=jnp.float32)(1e-2)
+        for library in (optax, adam_jax)
+    ),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step_of(side, params, states, grads):
+    with jax.numpy_dtype_promotion("standard"):
+        both = {name: tx[side].update(grads, states[name], params) for name, tx in TAKEN.items()}
+    return tuple({name: each[i] for name, each in both.items()} for i in (0, 1))
+
+
+def steps_of(side, params, states, grads):
+    """The updates of one side of every pair, and its last states."""
+    emitted = []
+    for i in range(len(grads["bias"])):
+        grad = jax.tree.map(lambda g, i=i: g[i], grads)
+        updates, states = step_of(side, params, states, grad)
+        emitted.append(updates)
+    return emitted, states
+
+
+def test_from_optax():
+    """Seven steps of optax, then seven of this package: those of optax, bit for bit.
+
+    The state is the one that this package would have had by itself.
+    """
+    first, second = gradients(7), gradients(7)
+    old, own = (
+        steps_of(side, PARAMS, {name: tx[side].init(PARAMS) for name, tx in TAKEN.items()}, first)[
+            1
+        ]
+        for side in (0, 1)
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        taken = {k: adam_jax.from_optax(tx, PARAMS, old[k]) for k, (_, tx) in TAKEN.items()}
+    chex.assert_trees_all_equal(taken, own, strict=True)
+    expected, _ = steps_of(0, PARAMS, old, second)
+    actual, _ = steps_of(1, PARAMS, taken, second)
+    for updates in (*actual, *expected):  # where optax rounds b1 and b2 to float32 first
+        del updates["inject_hyperparams"]
+    chex.assert_trees_all_equal(actual, expected)
+
+
+def state_of(**changed):
+    """A state of optax after a million steps."""
+    moments = {"mu": PARAMS, "nu": jax.tree.map(jnp.square, PARAMS)}
+    return optax.ScaleByAdamState(**{"count": jnp.int32(1_000_000), **moments, **changed})
+
+
+@pytest.mark.parametrize("name", ["cast", "stochastic", "int8", "int4", "factored", "block_mean"])
+def test_moments_are_taken_over_into_a_storage(name):
+    tx = adam_jax.adamw(1e-2, **STORAGES[name])
+    old = state_of()
+    state = adam_jax.from_optax(tx, PARAMS, old)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(PARAMS))
+    for moment, kept in (("mu", state[0].mu), ("nu", state[0].nu)):
+        how, full = STORAGES[name][f"{moment}_storage"], getattr(old, moment)
+        how = storage.cast(how) if isinstance(how, str) else how
+        leaf = storage.Leaf(moment, "kernel", (64, 64), jnp.dtype("float32"), 1)
+        parts = kept if isinstance(kept, tuple) else (kept,)
+        stored = [part["kernel"] for part in parts if part["kernel"] is not None]
+        due = jax.tree.leaves(how.save(full["kernel"], leaf))
+        chex.assert_trees_all_equal(stored, due)
+        if name != "cast":
+            chex.assert_trees_all_equal(parts[-1]["bias"], full["bias"])
+
+
+def test_rates_that_moved():
+    """The weights are those of all rates so far, which 1 - b**t would not be: 1 - the product."""
+    rate = lambda count: 1 - (count.astype(float) + 2) ** -0.8  # noqa: E731
+    tx = adam_jax.scale_by_moments(b2=rate)
+    state = adam_jax.from_optax(tx, PARAMS, state_of(count=jnp.int32(100)))
+    weight = 1 - np.prod([1 - (count + 2.0) ** -0.8 for count in range(100)])
+    assert_close(state.nu_weight.value, weight, "moving")
+
+
+def test_a_run_in_float32_goes_on_in_8_bits():
+    """A state of this package is one that has count, mu, nu and nu_max, too."""
+    old = adam_jax.amsgrad(1e-2)
+    _, state = old.update(PARAMS, old.init(PARAMS), PARAMS)
+    new = adam_jax.amsgrad(1e-2, **STORAGES["int8"])
+    taken = adam_jax.from_optax(new, PARAMS, state)
+    chex.assert_trees_all_equal(taken[0].mu_weight, state[0].mu_weight)
+    for was, now in ((state[0].nu, taken[0].nu), (state[2].nu_max, taken[2].nu_max)):
+        due = storage.int8().save(
+            was["kernel"], storage.Leaf("nu", "kernel", (64, 64), jnp.dtype("float32"), 1)
+        )
+        chex.assert_trees_all_equal((now.codes["kernel"], now.scales["kernel"]), due[:2])
+        chex.assert_trees_all_equal(now.whole["bias"], was["bias"])
+
+
+def test_taken_over_on_many_devices():
+    """Compiled, with the shardings of the new state."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+    tx = adam_jax.adamw(1e-2, **STORAGES["int8"])
+    shardings = adam_jax.state_shardings(tx, params, zero="data")
+    take_over = jax.jit(functools.partial(adam_jax.from_optax, tx), out_shardings=shardings)
+    state = take_over(params, state_of())
+    assert state[0].mu.codes["kernel"].addressable_shards[0].data.shape == (64, 8)
+    chex.assert_trees_all_equal(state, adam_jax.from_optax(tx, PARAMS, state_of()))
+
+
+@pytest.mark.parametrize(
+    ("tx", "state", "error", "message"),
+    [
+        (adam_jax.adam(1e-2), optax.sgd(1e-2, 0.9).init(PARAMS), TypeError, "count, mu and nu"),
+        (adam_jax.adam(1e-2), state_of(mu={"bias": PARAMS["bias"]}), ValueError,
+         r"needs a mu of shape \(64, 64\) for the parameter at 'kernel', and the state has none"),
+        (adam_jax.adam(1e-2), state_of(nu={**PARAMS, "bias": jnp.ones(4)}), ValueError,
+         r"nu of shape \(3,\) for the parameter at 'bias', .* has one of shape \(4,\)"),
+        (adam_jax.adam(1e-2), state_of(mu={**PARAMS, "head": jnp.ones(4)}), ValueError,
+         "The state has a mu at 'head', and tx keeps none there"),
+        (adam_jax.lion(1e-2), state_of(), ValueError, "The state has a nu at 'bias'"),
+        (optax.adam(1e-2), state_of(), ValueError, "The state has a mu at 'bias'"),
+        (adam_jax.adam(1e-2), (state_of(), state_of(count=jnp.int32(7))), ValueError,
+         "got counts of 1000000, 7"),
+        (optax.MultiSteps(adam_jax.adam(1e-2), 4), state_of(count=jnp.int32(8)), ValueError,
+         "got counts of 8, 2"),
+    ],
+)  # fmt: skip
+def test_wrong_use(tx, state, error, message):
+    with jax.numpy_dtype_promotion("standard"), pytest.raises(error, match=message):
+        adam_jax.from_optax(tx, PARAMS, state)
+
+
+def test_an_optimizer_after_a_failed_take_over_starts_at_zero():
+    """What the moments of one state start from is forgotten with it."""
+    with pytest.raises(ValueError, match="has none"):
+        adam_jax.from_optax(adam_jax.adam(1e-2), PARAMS, state_of(nu={}))
+    assert not jnp.any(adam_jax.adam(1e-2).init(PARAMS)[0].mu["kernel"])
+
+
+# --- From PyTorch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.usefixtures("x64")
+def test_from_pytorch(amsgrad):
+    """Twenty steps there, then twenty here: the forty of PyTorch."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, amsgrad=amsgrad)
+
+    # The names here, those there, and whether the array is transposed between the two.
+    names = {"kernel": ("weight", True), "bias": ("bias", False)}
+
+    def brought(arrays):
+        """A tree of this model from arrays by the names of PyTorch: copies, for it goes on."""
+        copies = {
+            ours: arrays[theirs].detach().numpy().copy() for ours, (theirs, _) in names.items()
+        }
+        return {name: x.T if names[name][1] else x for name, x in copies.items()}
+
+    def moment(name):
+        """PyTorch numbers the parameters in the order of `named_parameters`."""
+        kept = optimizer.state_dict()["state"]
+        numbers = {theirs: i for i, (theirs, _) in enumerate(model.named_parameters())}
+        return brought({theirs: kept[number][name] for theirs, number in numbers.items()})
+
+    def here():
+        return jax.tree.map(jnp.asarray, brought(dict(model.named_parameters())))
+
+    grads = [
+        {name: RNG.normal(size=p.shape) for name, p in model.named_parameters()} for _ in range(40)
+    ]
+    for step, grad in enumerate(grads):
+        if step == 20:
+            params = here()
+            count = jnp.int32(optimizer.state_dict()["state"][0]["step"])
+            state = [optax.ScaleByAdamState(count, moment("exp_avg"), moment("exp_avg_sq"))]
+            if amsgrad:
+                state = [optax.ScaleByAmsgradState(*state[0], moment("max_exp_avg_sq"))]
+        for name, p in model.named_parameters():
+            p.grad = torch.tensor(grad[name])
+        optimizer.step()
+
+    tx = adam_jax.adamw(1e-2, weight_decay=0.1)
+    if amsgrad:
+        tx = adam_jax.amsgrad(1e-2, weight_decay=0.1, max_before_correction=True)
+    state = adam_jax.from_optax(tx, params, state)
+    update = jax.jit(tx.update)
+    for grad in grads[20:]:
+        grad = brought({name: torch.tensor(g) for name, g in grad.items()})
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    assert_close(params, here(), "torch")
