@@ -89,9 +89,16 @@ def check_dtype(name: str, dtype: Any, kind: Any = jnp.floating) -> jnp.dtype:
     return found
 
 
-def increment(count: Any) -> Any:
-    """One more step, up to the largest int32."""
-    return optax.safe_increment(count)
+def increment(count: Any, *, draws: bool = False) -> Any:
+    """One more step, up to the largest int32.
+
+    A count that random bits are drawn with goes on from the half of it: no weight can tell, and
+    with the same bits at every step the same elements are rounded up for ever.
+    """
+    if not draws:
+        return optax.safe_increment(count)
+    largest = jnp.iinfo(count.dtype).max
+    return jnp.where(count == largest, largest // 2 + 1, count + 1)
 
 
 def accumulator(dtype: Any) -> Any:

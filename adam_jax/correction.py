@@ -189,7 +189,7 @@ def running_max(
         moments = map_moments(
             "running_max", lambda m, nu: m._replace(nu=kept_nu(m).with_value(nu)), updates, nu
         )
-        return moments, RunningMaxState(increment(state.step), keep(nu))
+        return moments, RunningMaxState(increment(state.step, draws=slot.rounds), keep(nu))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -198,7 +198,8 @@ class RunningMaxState(NamedTuple):
     """The state of `running_max`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
+      step: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
+        from 2**30 after 2**31 - 1.
       nu_max: the largest second moments so far, real, as their storage keeps them: a tree shaped
         like the parameters, or a NamedTuple of such trees.
     """
@@ -422,7 +423,7 @@ def mix_slow_moment(
         slow, keep = slot.open(state.mu_slow, mu, state.step)
         slow = map_moments("mix_slow_moment", slower, updates, slow)
         moments = map_moments("mix_slow_moment", added, updates, slow)
-        return moments, MixSlowMomentState(increment(state.step), keep(slow))
+        return moments, MixSlowMomentState(increment(state.step, draws=slot.rounds), keep(slow))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -431,7 +432,8 @@ class MixSlowMomentState(NamedTuple):
     """The state of `mix_slow_moment`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
+      step: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
+        from 2**30 after 2**31 - 1.
       mu_slow: the slow first moments, as their storage keeps them: a tree shaped like the
         parameters, or a NamedTuple of such trees.
     """

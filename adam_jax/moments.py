@@ -257,7 +257,8 @@ class ScaleByMomentsState(NamedTuple):
     """The state of `scale_by_moments`: the same for rates that are numbers, arrays or schedules.
 
     Attributes:
-      count: the number of steps taken, an int32 scalar that saturates.
+      count: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
+        from 2**30 after 2**31 - 1, for the sake of its random bits.
       mu: the first moments, as their storage keeps them: a tree shaped like the parameters, or a
         NamedTuple of such trees. None if `b1` is None.
       nu: the second moments, likewise, real; None if `b2` is None.
@@ -404,7 +405,7 @@ def scale_by_moments(
 
         moments = jax.tree_util.tree_map_with_path(moments_of, updates, last_mu, last_nu)
         return moments, ScaleByMomentsState(
-            count=increment(state.count),
+            count=increment(state.count, draws=mu_slot.rounds or nu_slot.rounds),
             mu=keep_mu and keep_mu(map_values(lambda m: m.mu.value, moments)),
             nu=keep_nu and keep_nu(map_values(lambda m: kept_nu(m).value, moments)),
             mu_weight=mu_weight,

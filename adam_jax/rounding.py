@@ -36,7 +36,7 @@ class RoundStochasticallyState(NamedTuple):
     """The state of `round_stochastically`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
+      step: the number of steps taken, an int32 scalar; 2**31 - 1 is followed by 2**30.
     """
 
     step: jax.Array
@@ -94,7 +94,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
             return _landing(param, rounded_at_random(exact, param.dtype, bits))
 
         updates = map_updates("round_stochastically", rounded, updates, params, indices)
-        return updates, RoundStochasticallyState(step=increment(state.step))
+        return updates, RoundStochasticallyState(step=increment(state.step, draws=True))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -50,11 +50,11 @@ ROUNDINGS = {
     "compensate int8": adam_jax.compensate("int8"),
 }
 WRAPPERS = {
-    "bare": lambda factory: factory(1e-2),
+    "MultiSteps": lambda factory: optax.MultiSteps(factory(1e-2), 2).gradient_transformation(),
     "inject_hyperparams": lambda factory: optax.inject_hyperparams(
         lambda learning_rate: factory(learning_rate), hyperparam_dtype=jnp.float32
     )(1e-2),
-    "MultiSteps": lambda factory: optax.MultiSteps(factory(1e-2), 2).gradient_transformation(),
+    "bare": lambda factory: factory(1e-2),
     "partition": lambda factory: optax.partition(
         {"slow": factory(1e-3), "fast": factory(1e-2)}, {"kernel": "slow", "bias": "fast"}
     ),
@@ -139,11 +139,11 @@ def test_round_trips(trip, tmp_path):
     chex.assert_trees_all_equal(restored, now, strict=True)
 
 
-# With every storage, every rounding and every wrapper between them.
+# Between them every rounding, every wrapper, and every storage but a plain dtype.
 GOING_ON = {
     name: case
     for name, case in CASES.items()
-    if name.startswith(("adamw,", "adam_atan2,", "laprop,", "adopt,", "ademamix,"))
+    if name.startswith(("adamw,", "adam_atan2,", "laprop,", "adopt,", "ademamix,", "lion,"))
 }
 
 

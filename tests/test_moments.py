@@ -220,6 +220,49 @@ def test_count_saturates():
     chex.assert_tree_all_finite(updates)
 
 
+AT_RANDOM = adam_jax.storage.stochastic()
+
+
+@pytest.mark.parametrize(
+    ("tx", "counts"),
+    [
+        (adam_jax.scale_by_moments(nu_storage=AT_RANDOM), {2**30}),
+        (adam_jax.amsgrad(1e-3, nu_storage=AT_RANDOM), {2**30, 2**31 - 1}),  # scale_by_lr's
+        (adam_jax.mix_slow_moment(mu_storage=AT_RANDOM), {2**30}),
+        (adam_jax.round_stochastically(), {2**30}),
+    ],
+    ids=["scale_by_moments", "running_max", "mix_slow_moment", "round_stochastically"],
+)
+def test_counts_that_bits_are_drawn_with_go_on(tx, counts):
+    params = jnp.ones(2)
+    largest = jnp.asarray(2**31 - 1, jnp.int32)
+    state = jax.tree.map(lambda x: largest if x.dtype == jnp.int32 else x, tx.init(params))
+    updates = params
+    if "mix" in tx.update.__qualname__:
+        stage = adam_jax.scale_by_moments()
+        updates, _ = stage.update(params, stage.init(params))
+    _, state = tx.update(updates, state, params)
+    assert {int(x) for x in jax.tree.leaves(state) if x.dtype == jnp.int32} == counts
+
+
+def test_moments_at_the_end_of_the_count_follow_smaller_gradients():
+    """If the bits were those of one step for ever, v would stay 160 times too large."""
+    tx = adam_jax.scale_by_moments(nu_storage=AT_RANDOM)
+    state = tx.init(jnp.zeros((64, 64)))._replace(count=jnp.asarray(2**31 - 1, jnp.int32))
+
+    @jax.jit
+    def steps(state, size):
+        def step(state, _):
+            moments, state = tx.update(jnp.full((64, 64), size), state)
+            return state, jnp.mean(moments.nu.value)
+
+        return jax.lax.scan(step, state, length=5000)
+
+    state, _ = steps(state, 1.0)
+    _, nu = steps(state, 0.1)
+    assert 0.01 < nu[-1] < 0.02  # exact: 0.01 + 0.99 * 0.999**5000 = 0.0167
+
+
 # --- Moving decays --------------------------------------------------------------------------------
 
 RATES = {
