@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support import assert_close
+from support import assert_close, user_jit
 
 import adam_jax
 from adam_jax import storage
@@ -73,11 +73,11 @@ def train():
         for name in OPTIMIZERS
     }
 
-    @functools.partial(jax.jit, out_shardings=places)
+    @functools.partial(user_jit, out_shardings=places)
     def step(now, batch, weights):
         return {name: one_step(tx, *now[name], batch, weights) for name, tx in OPTIMIZERS.items()}
 
-    @functools.partial(jax.jit, out_shardings=shardings)
+    @functools.partial(user_jit, out_shardings=shardings)
     def start(params):
         return {name: tx.init(params[name]) for name, tx in OPTIMIZERS.items()}
 
