@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import pydoc_data.topics
 import statistics
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import transformer
 from flax import nnx
 from mnist import BATCH, Network, cross_entropy, shipped_digits
 from tqdm import tqdm
@@ -195,62 +195,21 @@ def measure_steps(choices: list[Choice], repeats: int) -> dict[str, tuple[list[f
 
 # --- Loss -----------------------------------------------------------------------------------------
 
-CONTEXT, CHARACTER_BATCH, WIDTH, HEADS, LAYERS = 64, 16, 128, 2, 5
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.before_attention = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
-        self.before_mlp = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
-
-    def __call__(self, x):
-        mask = nnx.make_causal_mask(x[..., 0])
-        x = x + self.attention(self.before_attention(x), mask=mask)
-        return x + self.down(nnx.gelu(self.up(self.before_mlp(x))))
-
-
-class Transformer(nnx.Module):
-    """A character model: token and position embeddings, blocks, a linear read-out."""
-
-    def __init__(self, vocabulary: int, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(vocabulary, WIDTH, rngs=rngs)
-        self.position_embedding = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.Sequential(*(Block(rngs) for _ in range(LAYERS)))
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.output = nnx.Linear(WIDTH, vocabulary, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(CONTEXT))[None]
-        return self.output(self.norm(self.blocks(x)))
-
-
-def next_characters(text: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    windows = text[starts[:, None] + np.arange(CONTEXT + 1)]
-    return windows[:, :-1], windows[:, 1:]
-
-
-@cache
-def language_reference() -> tuple[int, np.ndarray]:
-    """How many different characters it has, and all of them as their numbers."""
-    text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-    alphabet, codes = np.unique(np.array(list(text)), return_inverse=True)
-    return len(alphabet), codes.astype(np.int32)
+CHARACTER_BATCH = 16
 
 
 def characters(seed: int, steps: int):
     """The model, its batches, and a fixed sample of the last tenth of the text to test on."""
-    alphabet, codes = language_reference()
-    split = len(codes) * 9 // 10
+    alphabet, codes = transformer.language_reference()
+    split, last = len(codes) * 9 // 10, transformer.CONTEXT + 1
     rng = np.random.default_rng(seed)
     batches = (
-        next_characters(codes, rng.integers(0, split - CONTEXT - 1, CHARACTER_BATCH))
+        transformer.next_characters(codes, rng.integers(0, split - last, CHARACTER_BATCH))
         for _ in range(steps)
     )
-    fixed = np.random.default_rng(0).integers(split, len(codes) - CONTEXT - 1, 256)
-    return Transformer(alphabet, nnx.Rngs(seed)), batches, next_characters(codes, fixed)
+    fixed = np.random.default_rng(0).integers(split, len(codes) - last, 256)
+    test = transformer.next_characters(codes, fixed)
+    return transformer.Transformer(alphabet, nnx.Rngs(seed)), batches, test
 
 
 read_digits = cache(shipped_digits)

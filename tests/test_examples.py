@@ -17,6 +17,7 @@ import memory
 import numpy as np
 import pytest
 import step
+import transformer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -174,10 +175,9 @@ def test_compare_says_what_is_wrong(tmp_path, monkeypatch, capsys):
 def test_memory(tmp_path, monkeypatch, capsys):
     """The first choice and the one with every part, two steps each on small networks."""
     monkeypatch.setattr(memory, "CHOICES", [memory.CHOICES[0], memory.CHOICES[10]])
-    small = {"LAYERS": 1, "WIDTH": 32, "CONTEXT": 16}
-    timed = {"width": 32, "vocabulary": 64, "context": 64}
-    for name, value in (small | {"TIMED": timed}).items():
-        monkeypatch.setattr(memory, name, value)
+    for name, value in {"LAYERS": 1, "WIDTH": 32, "CONTEXT": 16}.items():
+        monkeypatch.setattr(transformer, name, value)
+    monkeypatch.setattr(memory, "TIMED", {"width": 32, "vocabulary": 64, "context": 64})
     monkeypatch.setattr(memory, "gpt2", functools.partial(memory.gpt2, layers=1))
     monkeypatch.chdir(tmp_path)
     short = ["memory.py", "--seeds=1", "--steps=2", "--repeats=1", "--json=rows.json"]
