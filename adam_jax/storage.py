@@ -231,6 +231,10 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
     where its part on one device is a multiple of `block`. Otherwise the codes stay sharded, the
     scales are on every device, and each step gathers the maxima of 8 elements.
 
+    After a gradient that is not finite, an element of m stays not a number, as in float32, and its
+    neighbours are what they were. A square that overflows stops its block, as it stops its element
+    in float32.
+
     Args:
       block: the number of elements that share a scale. Default 32, which makes 1.06 bytes a
         parameter.
@@ -298,11 +302,17 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
     half = 2 ** (bits - 1) - 1
     first = {"mu": 0 if bits == 8 else -half, "nu": 1}
     top = {"mu": half, "nu": 2**bits}
+    not_a_number = -128 if bits == 8 else 8  # the root whose code no first moment needs
     dtype = {"mu": jnp.int8 if bits == 8 else jnp.uint8, "nu": jnp.uint8}
 
     def save(moment, leaf):
         axis, most = axis_of(leaf), top[leaf.moment]
         x = moment.astype(jnp.float32)
+        # What is not a number must not become the scale of its neighbours. A first moment keeps it
+        # in a code of its own; of a second moment, whose first is not a number either, it is not
+        # kept. An infinite square stays the largest of its block.
+        valid = jnp.abs(x) < jnp.inf if leaf.moment == "mu" else x == x
+        x = jnp.where(valid, x, 0)
         scales = _blocks.largest(x, axis, block)
         inverse = 1 / jnp.where(scales == 0, 1, scales).astype(jnp.float32)
         square = jnp.abs(x) * _blocks.spread(inverse, axis, block, leaf.shape[axis])
@@ -310,7 +320,10 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
         draw = uniform(leaf.random_bits(seed, x))
         above = draw * (2 * below + 1) < square * most**2 - below * below
         root = jnp.minimum(below + above.astype(jnp.float32), most)
-        root = jnp.sign(x) * root if leaf.moment == "mu" else jnp.maximum(root, 1)
+        if leaf.moment == "mu":
+            root = jnp.where(valid, jnp.sign(x) * root, not_a_number)
+        else:
+            root = jnp.where(valid, jnp.maximum(root, 1), most)
         codes = (root - first[leaf.moment]).astype(dtype[leaf.moment])
         if packed > 1:
             pairs = _blocks.split(codes, axis, packed) << shifts(leaf, axis)
@@ -323,7 +336,10 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
             pairs = (jnp.expand_dims(codes, axis + 1) >> shifts(leaf, axis)) & (2**bits - 1)
             codes = _blocks.joined(pairs, axis)
             codes = jax.lax.slice_in_dim(codes, 0, leaf.shape[axis], axis=axis)
-        root = (codes.astype(jnp.float32) + first[leaf.moment]) * (1 / top[leaf.moment])
+        root = codes.astype(jnp.float32) + first[leaf.moment]
+        if leaf.moment == "mu":
+            root = jnp.where(root == not_a_number, jnp.nan, root)
+        root = root * (1 / top[leaf.moment])
         scales = stored.scales.astype(jnp.float32)
         return jnp.abs(root) * root * _blocks.spread(scales, axis, block, leaf.shape[axis])
 

@@ -460,6 +460,27 @@ def test_factored_survives_an_infinite_square():
         assert np.isnan(updates[3, 5])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_a_bad_number_stays_alone_in_its_block(name, bad):
+    """Not a number where it is not one in float32; an infinite square stops its block."""
+    how = STORAGES[name]
+    size = 32 if name == "int8" else 64
+    grad = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), "float32")
+    for kept in (None, how):
+        tx = adam_jax.adam(1e-2, mu_storage=kept, nu_storage=kept)
+        update, state = jax.jit(tx.update), tx.init(grad)
+        for g in (grad, grad.at[3, 5].set(bad), grad, grad):
+            updates, state = update(g, state)
+        if kept is None:
+            expected = np.isnan(updates)
+    np.testing.assert_array_equal(np.isnan(updates), expected)
+    assert np.sum(expected) == (bad != 1e30)
+    stopped = np.sum(np.asarray(updates)[:size, 5] == 0)
+    assert stopped == {1e30: size}.get(bad, 0 if np.isnan(bad) else size - 1)
+    assert np.sum(updates == 0) == stopped
+
+
 # --- Other dtypes ---------------------------------------------------------------------------------
 
 NARROW = ["float16", "float8_e4m3fn", "float8_e5m2"]  # less range than bfloat16
