@@ -52,7 +52,11 @@ HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 
 
 class RunError(Exception):
-    """What ends a run; the message is one sentence for the user."""
+    """What ends a run: one sentence for the user, and the exit code."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -160,10 +164,16 @@ def train(options: argparse.Namespace, devices=None) -> None:
             trained, loss = trainer.step(trained, *trainer.batch(options.seed, position))
             history["losses"].append(loss)
             done = position + 1
-            if done % EVERY == 0 or done == options.steps:
+            told_to_end = manager.reached_preemption(done)  # by SIGTERM, all at the same step
+            if done % EVERY == 0 or done == options.steps or told_to_end:
                 history["losses"] = [float(loss) for loss in history["losses"]]
                 bar.set_postfix(loss=np.mean(history["losses"][-EVERY:]))
                 save(manager, done, trained, options.seed, history)
+            if told_to_end:
+                with explained(f"{manager.directory} cannot be written"):
+                    manager.wait_until_finished()
+                sentence = f"SIGTERM came; the same command goes on from step {done}"
+                raise RunError(sentence, code=128 + signal.SIGTERM)
         with explained(f"{manager.directory} cannot be written"):
             manager.wait_until_finished()
     seconds = time.perf_counter() - began
@@ -289,7 +299,7 @@ def run(options: argparse.Namespace, rank: int | None = None, address: str = "")
         train(options)
     except RunError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        code = 2
+        code = error.code
     except BaseException:
         traceback.print_exc()
         if rank is None:

@@ -180,6 +180,16 @@ def killed(checkpoints: Path, steps: int, alone: bool, moment: str, victims, rng
         return row
 
 
+def told(checkpoints: Path, steps: int) -> None:
+    """Start it as Slurm does, and tell it to end as Slurm does before a kill."""
+    with contextlib.closing(Job(checkpoints, steps, alone=False)) as job:
+        job.wait_for(lambda: "devices" in job.output())
+        job.send(signal.SIGTERM, job.pids())
+        codes = [process.wait(timeout=240) for process in job.started]
+        assert codes == [128 + signal.SIGTERM] * PROCESSES, job.output()
+        assert f"the same command goes on from step {job.complete()[-1]}" in job.output()
+
+
 def kept(checkpoints: Path, step: int, devices: int = 1) -> dict[str, np.ndarray]:
     """Everything in a checkpoint, by its place, restored on so many devices."""
     trainer = distributed.Trainer(jax.devices()[:devices])
@@ -238,6 +248,7 @@ def options(checkpoints, **others):
 def test_killed(whole):
     """While stepping, while writing, while restoring: the bits are those of the whole run."""
     rng, checkpoints = random.Random(0), whole.parent / "killed"
+    told(checkpoints, 12)
     killed(checkpoints, 12, True, "stepping", [1], rng)
     killed(checkpoints, 12, False, "writing", [0], rng)
     killed(checkpoints, 12, False, "restoring", [0, 1], rng)
