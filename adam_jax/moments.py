@@ -420,6 +420,17 @@ def _filled(average: Average, value: Any, last: Any) -> Average:
     return average._replace(value=value, previous=average.previous.with_value(last))
 
 
+# The stage that keeps a moment of this name, and as what.
+_STAGES = {
+    "mu": ("scale_by_moments", "mu"),
+    "nu": ("scale_by_moments", "nu"),
+    "nu_max": ("running_max", "nu"),
+    "mu_slow": ("mix_slow_moment", "mu"),
+    "m1": ("scale_by_moments", "mu"),  # optax's AdEMAMix
+    "m2": ("mix_slow_moment", "mu"),
+}
+
+
 def from_optax(tx: optax.GradientTransformation, params: Any, state: Any) -> Any:
     """The state with which an optimizer of this package goes on from a state of optax.
 
@@ -450,11 +461,12 @@ def from_optax(tx: optax.GradientTransformation, params: Any, state: Any) -> Any
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
-      >>> params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([0.5, -3.0])}
-      >>> _, old = optax.adam(1e-3).update(grads, optax.adam(1e-3).init(params))
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> mu, nu = {"w": jnp.array([0.5, -3.0])}, {"w": jnp.array([0.25, 9.0])}
+      >>> old = optax.ScaleByAdamState(jnp.int32(7), mu, nu), optax.EmptyState()  # of optax.adam
       >>> state = adam_jax.from_optax(adam_jax.adam(1e-3), params, old)
       >>> print(state[0].count, state[0].mu["w"], state[-1].step)
-      1 [ 0.05 -0.3 ] 1
+      7 [ 0.5 -3. ] 7
 
     Source: none.
     """
@@ -463,16 +475,17 @@ def from_optax(tx: optax.GradientTransformation, params: Any, state: Any) -> Any
     if not counts:
         raise TypeError(
             f"from_optax takes a state with the NamedTuple of an Adam in it, that has count, mu "
-            f"and nu, got {state!r}."
+            f"and nu, and found none in this {type(state).__name__}."
         )
-    starts: dict[tuple[str, str], dict[str, Any]] = {STAGES["mu"]: {}, STAGES["nu"]: {}}
+    starts: dict[tuple[str, str], dict[str, Any]] = {_STAGES["mu"]: {}, _STAGES["nu"]: {}}
     for node in found:
-        for name in STAGES.keys() & set(node._fields):
+        for name in _STAGES.keys() & set(node._fields):
             moments = jax.tree_util.tree_leaves_with_path(getattr(node, name))
-            starts.setdefault(STAGES[name], {}).update((place(path), m) for path, m in moments)
+            starts.setdefault(_STAGES[name], {}).update((place(path), m) for path, m in moments)
     token = STARTS.set(starts)
     try:
-        new = tx.init(params)
+        with jax.disable_jit():  # a compiled init would keep in mind what it starts from here
+            new = tx.init(params)
     finally:
         STARTS.reset(token)
     for (_, moment), left in starts.items():
@@ -494,20 +507,9 @@ def from_optax(tx: optax.GradientTransformation, params: Any, state: Any) -> Any
     return jax.tree_util.tree_map_with_path(filled, new)
 
 
-# The stage that keeps a moment of this name, and as what.
-STAGES = {
-    "mu": ("scale_by_moments", "mu"),
-    "nu": ("scale_by_moments", "nu"),
-    "nu_max": ("running_max", "nu"),
-    "mu_slow": ("mix_slow_moment", "mu"),
-    "m1": ("scale_by_moments", "mu"),  # optax's AdEMAMix
-    "m2": ("mix_slow_moment", "mu"),
-}
-
-
 def _found(state: Any) -> list[Any]:
     """The NamedTuples of a state that hold moments."""
-    is_kept = lambda node: bool(STAGES.keys() & set(getattr(node, "_fields", ())))  # noqa: E731
+    is_kept = lambda node: bool(_STAGES.keys() & set(getattr(node, "_fields", ())))  # noqa: E731
     return [node for node in jax.tree.leaves(state, is_leaf=is_kept) if is_kept(node)]
 
 

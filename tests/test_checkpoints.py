@@ -321,6 +321,16 @@ def test_taken_over_on_many_devices():
     chex.assert_trees_all_equal(state, adam_jax.from_optax(tx, PARAMS, state_of()))
 
 
+def test_an_init_that_is_compiled_elsewhere_stays_as_it_was():
+    """As for a state that is made in parts, on many devices."""
+    tx = adam_jax.scale_by_moments(**STORAGES["int8"])
+    compiled = optax.GradientTransformationExtraArgs(jax.jit(tx.init), tx.update)
+    taken = adam_jax.from_optax(compiled, PARAMS, state_of())
+    chex.assert_trees_all_equal(taken, adam_jax.from_optax(tx, PARAMS, state_of()))
+    chex.assert_trees_all_equal(compiled.init(PARAMS), tx.init(PARAMS))
+    chex.assert_trees_all_equal(taken, adam_jax.from_optax(compiled, PARAMS, state_of()))
+
+
 @pytest.mark.parametrize(
     ("tx", "state", "error", "message"),
     [
