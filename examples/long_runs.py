@@ -7,6 +7,7 @@ weights from float64's. Two unrelated runs would be 1.41 apart.
 """
 
 import argparse
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def trained(choice: Choice, dtype: Any, steps: int, seed: int, curvature: Any, t
     return weights.astype(dtype), means
 
 
-def measured(steps: int, seed: int, names: list[str]) -> list[Row]:
+def measured(steps: int, seed: int, names: list[str]) -> Iterator[Row]:
     rng = np.random.default_rng(seed)
     # Curvatures over two powers of ten, as float32 has them, in both runs.
     curvature, target = (
@@ -89,19 +90,11 @@ def measured(steps: int, seed: int, names: list[str]) -> list[Row]:
     finally:
         jax.config.update("jax_enable_x64", False)
     around = np.linalg.norm(exact_weights - target)
-    rows = []
-    for name in tqdm(names, leave=False):
+    for name in names:
         run = trained(CHOICES[name], jnp.float32, steps, seed, curvature, target)
         weights, means = (np.asarray(x, np.float64) for x in run)
         distance = np.linalg.norm(weights - exact_weights) / around
-        rows.append(Row(name, *map(float, means / exact_means), float(distance)))
-    return rows
-
-
-def table(rows: list[Row]) -> str:
-    lines = ["| moments, weights | loss | v | distance |", "|---|---|---|---|"]
-    lines += [f"| {r.name} | {r.loss:.4f} × | {r.v:.4f} × | {r.distance:.1e} |" for r in rows]
-    return "\n".join(lines)
+        yield Row(name, *map(float, means / exact_means), float(distance))
 
 
 def main() -> None:
@@ -112,7 +105,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args()
     print(f"{options.steps} steps, seed {options.seed}; {hardware()}\n")
-    print(table(measured(options.steps, options.seed, list(CHOICES))))
+    print("| moments, weights | loss | v | distance |\n|---|---|---|---|")
+    for row in tqdm(measured(options.steps, options.seed, list(CHOICES)), total=len(CHOICES)):
+        tqdm.write(f"| {row.name} | {row.loss:.4f} × | {row.v:.4f} × | {row.distance:.1e} |")
 
 
 if __name__ == "__main__":
