@@ -100,15 +100,17 @@ def beside(
     """The layout of what is stored of a parameter: axis by axis that of the parameter.
 
     With fewer axes than the parameter, or more, it has those of the same lengths in the same order.
-    An axis that the mesh does not divide, or that may be one of several, lies on every device.
+    An axis is split over as many axes of the mesh as divide it, one that may be one of several over
+    none.
     """
     names, spec = _names(sharding, param_shape), []
     ways = list(_ways(shape, param_shape))
     for axis, length in enumerate(shape):
         found = {() if way[axis] is None else names[way[axis]] for way in ways}
         of_axis = found.pop() if len(found) == 1 else ()
-        shards = math.prod(sharding.mesh.shape[name] for name in of_axis)
-        spec.append(of_axis if length % shards == 0 else ())
+        while length % math.prod(sharding.mesh.shape[name] for name in of_axis):
+            of_axis = of_axis[:-1]
+        spec.append(of_axis)
     return sharding if spec == names else _with_names(sharding, spec)
 
 

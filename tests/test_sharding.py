@@ -39,6 +39,7 @@ LEAVES = {
     "square": ((256, 256), P("model")),
     "embedding": ((1600, 512), P("model", None)),  # 50 blocks of 32 rows, 25 on each of two devices
     "bias": ((768,), P("model")),
+    "vector": ((4800,), P("model")),  # 150 blocks
     "odd": ((7, 5), P()),
     "sharded": ((64, 64), P("data", "model")),
     "scale": ((), P()),
@@ -84,6 +85,8 @@ EXPECTED = {
         "0/nu/scales/embedding": (P("model", None), P("model", "data")),
         "0/mu/codes/sharded": (P("data", "model"), P("data", "model")),
         "0/mu/scales/sharded": (P(None, "model"), P(None, "model")),  # of two blocks
+        "0/mu/codes/vector": (P("model"), P(("model", "data"))),
+        "0/mu/scales/vector": (P("model"), P("model")),
         "0/mu/whole/bias": (P("model"), P(("model", "data"))),
     }),
     "4-bit, factored": (adam_jax.adamw(1e-3, mu_storage=INT4, nu_storage=FACTORED), {
