@@ -51,30 +51,28 @@ class Row(NamedTuple):
 
 @partial(jax.jit, static_argnames=("choice", "dtype", "steps"))
 def trained(choice: Choice, dtype: Any, steps: int, seed: int, curvature: Any, target: Any):
-    """The last weights, and the means of loss and v over the last tenth of the steps."""
+    """The last weights, and loss and mean v of every step."""
     curvature, target = (x.astype(dtype) for x in (curvature, target))
     how = choice.kept
     gather = adam_jax.scale_by_moments(mu_storage=how, nu_storage=how)
     stages = [adam_jax.bias_correct(), adam_jax.scale_by_lr(RATE), choice.rounding]
     descend = optax.chain(*(stage for stage in stages if stage is not None))
     weights = jnp.zeros(SHAPE, dtype if choice.rounding is None else jnp.bfloat16)
-    last = -(-steps // 10)
 
     def step(now, count):
-        weights, state, means = now
+        weights, state = now
         key = jax.random.fold_in(jax.random.key(seed), count)
         noise = jax.random.normal(key, SHAPE, jnp.float32).astype(dtype)
         error = weights.astype(dtype) - target
         moments, kept = gather.update(curvature * error + noise, state[0])
         updates, state = descend.update(moments, state[1], weights)
         weights = optax.apply_updates(weights, updates)
-        found = jnp.stack([jnp.mean(curvature * error**2) / 2, jnp.mean(moments.nu.value)])
-        means = means + jnp.where(count >= steps - last, found / last, 0)
-        return (weights, (kept, state), means), None
+        found = jnp.mean(curvature * error**2) / 2, jnp.mean(moments.nu.value)
+        return (weights, (kept, state)), found
 
-    start = weights, (gather.init(weights), descend.init(weights)), jnp.zeros(2, dtype)
-    (weights, _, means), _ = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
-    return weights.astype(dtype), means
+    start = weights, (gather.init(weights), descend.init(weights))
+    (weights, _), found = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
+    return weights.astype(dtype), found
 
 
 def measured(steps: int, seed: int, names: list[str]) -> Iterator[Row]:
@@ -83,18 +81,21 @@ def measured(steps: int, seed: int, names: list[str]) -> Iterator[Row]:
     curvature, target = (
         np.float32(x) for x in (10 ** rng.uniform(-1, 1, SHAPE), rng.normal(size=SHAPE))
     )
+
+    def run(choice, dtype):
+        weights, found = trained(choice, dtype, steps, seed, curvature, target)
+        last = [np.asarray(x)[-max(steps // 10, 1) :] for x in found]
+        return np.asarray(weights, np.float64), [np.mean(x, dtype=np.float64) for x in last]
+
     jax.config.update("jax_enable_x64", True)
     try:
-        exact = trained(Choice(), jnp.float64, steps, seed, curvature, target)
-        exact_weights, exact_means = map(np.asarray, exact)
+        exact, due = run(Choice(), jnp.float64)
     finally:
         jax.config.update("jax_enable_x64", False)
-    around = np.linalg.norm(exact_weights - target)
     for name in names:
-        run = trained(CHOICES[name], jnp.float32, steps, seed, curvature, target)
-        weights, means = (np.asarray(x, np.float64) for x in run)
-        distance = np.linalg.norm(weights - exact_weights) / around
-        yield Row(name, *map(float, means / exact_means), float(distance))
+        weights, means = run(CHOICES[name], jnp.float32)
+        distance = np.linalg.norm(weights - exact) / np.linalg.norm(exact - target)
+        yield Row(name, *(float(a / b) for a, b in zip(means, due, strict=True)), float(distance))
 
 
 def main() -> None:
@@ -107,7 +108,7 @@ def main() -> None:
     print(f"{options.steps} steps, seed {options.seed}; {hardware()}\n")
     print("| moments, weights | loss | v | distance |\n|---|---|---|---|")
     for row in tqdm(measured(options.steps, options.seed, list(CHOICES)), total=len(CHOICES)):
-        tqdm.write(f"| {row.name} | {row.loss:.4f} × | {row.v:.4f} × | {row.distance:.1e} |")
+        tqdm.write(f"| {row.name} | {row.loss:.2f} × | {row.v:.2f} × | {row.distance:.1e} |")
 
 
 if __name__ == "__main__":
