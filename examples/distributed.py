@@ -2,13 +2,17 @@
 
 Every device has the weights and computes the gradients of its part of each batch; the 8-bit moments
 are split over the devices (ZeRO stage 1). A checkpoint is written every 20 steps while the training
-goes on, and the last three are kept: after a crash, a kill or a power cut the same command goes on
-from the last complete one, on as many processes and devices as there are then.
+goes on, and the last three are kept. Whatever ends a run, the same command goes on from its last
+complete checkpoint, on as many processes and devices as there are then.
 
   python distributed.py                            one process with the devices of this machine
   python distributed.py --processes 2 --devices 4  two processes with 4 simulated devices each
   srun python distributed.py                       one of several processes: under Slurm, Open MPI
                                                    or Kubernetes and on a TPU pod JAX finds them
+
+Exit codes: 2 with one sentence if a checkpoint cannot be read or written or is of another run; 143
+after SIGTERM, with a checkpoint of the last step; 1 after any other error, such as the death of
+another process, which is noticed within half a minute.
 """
 
 import argparse
@@ -46,7 +50,7 @@ from adam_jax import storage
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BATCH = 64  # sequences a step, over all devices
+BATCH = 32  # sequences a step, over all devices
 EVERY = 20  # steps between two checkpoints
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
 
@@ -126,20 +130,17 @@ class Trainer:
         """
         last = len(self.text) - transformer.CONTEXT - 1
         starts = np.random.default_rng((seed, position)).integers(0, last, BATCH)
-        rows = [
-            lambda index, which=which: transformer.next_characters(self.text, starts[index[0]])[
-                which
-            ]
-            for which in (0, 1)
-        ]
-        shape = BATCH, transformer.CONTEXT
-        return [jax.make_array_from_callback(shape, self.split, each) for each in rows]
+
+        def placed(part):
+            rows = lambda index: transformer.next_characters(self.text, starts[index[0]])[part]  # noqa: E731
+            return jax.make_array_from_callback((BATCH, transformer.CONTEXT), self.split, rows)
+
+        return [placed(0), placed(1)]
 
 
 def train(options: argparse.Namespace, devices=None) -> None:
     first = jax.process_index() == 0
-    say = print if first else lambda *_, **__: None
-    say = partial(say, flush=True)
+    say = partial(print, flush=True) if first else lambda _: None
     trainer = Trainer(devices)
     count = len(trainer.split.device_set)
     with opened(options.checkpoints) as manager:
@@ -148,10 +149,8 @@ def train(options: argparse.Namespace, devices=None) -> None:
             say(f"restoring step {position} of {options.checkpoints}")
             trained, history = restored(manager, position, trainer.shapes, options.seed)
         else:
-            trained, history = (
-                trainer.start(jax.random.key(options.seed)),
-                {"losses": [], "starts": []},
-            )
+            trained = trainer.start(jax.random.key(options.seed))
+            history = {"losses": [], "starts": []}
         history["starts"].append(position)
         say(
             f"step {position} of {options.steps}: {count} devices ({jax.devices()[0].device_kind}) "
@@ -211,21 +210,22 @@ def explained(what: str):
 def opened(directory: Path):
     """The checkpoints in a directory, for this run alone."""
     directory = directory.absolute()
-    with explained(f"{directory} cannot hold checkpoints"), contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((directory / "lock").open("w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another run writes to {directory}; if that is this job's, JAX did not "
-                    f"recognize what started it (see jax.distributed.initialize)"
-                ) from None
-        options = ocp.CheckpointManagerOptions(max_to_keep=3, cleanup_tmp_directories=True)
-        manager = ocp.CheckpointManager(directory, options=options)
-    yield manager
-    manager.close()
+    with contextlib.ExitStack() as stack:
+        with explained(f"{directory} cannot hold checkpoints"):
+            if jax.process_index() == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context((directory / "lock").open("w"))
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RunError(
+                        f"another run writes to {directory}; if that is this job's, JAX did not "
+                        f"recognize what started it (see jax.distributed.initialize)"
+                    ) from None
+            options = ocp.CheckpointManagerOptions(max_to_keep=3, cleanup_tmp_directories=True)
+            manager = ocp.CheckpointManager(directory, options=options)
+        yield manager
+        manager.close()
 
 
 def described(tree) -> dict[str, str]:
@@ -318,6 +318,7 @@ def run(options: argparse.Namespace, rank: int | None = None, address: str = "")
 
 def one_of_several(options: argparse.Namespace, rank: int, address: str, log: str) -> None:
     """A process of `several`: it ends with the one that started it, and only the first is heard."""
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave behind
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     if rank:
@@ -344,12 +345,18 @@ def several(options: argparse.Namespace) -> None:
                 process.start()
             print(*(f"process {i}: {p.pid}" for i, p in enumerate(processes)), sep=", ", flush=True)
             running = {process.sentinel: process for process in processes}
-            while running and not any(process.exitcode for process in processes):
-                for sentinel in multiprocessing.connection.wait(list(running)):
+
+            def wait(seconds):
+                for sentinel in multiprocessing.connection.wait(list(running), seconds):
                     running.pop(sentinel).join()
+
+            while running and not any(process.exitcode for process in processes):
+                wait(None)
+            if running:
+                wait(5)  # for another one: it may have failed first, or be about to say why
             failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-            if failed and processes[failed[0]].exitcode == 2:
-                processes[0].join(5)  # it may be about to say the same
+            # First what does not follow from the end of another process.
+            failed.sort(key=lambda rank: processes[rank].exitcode in (1, -signal.SIGABRT))
         finally:
             for process in processes:
                 process.kill()
@@ -363,10 +370,12 @@ def several(options: argparse.Namespace) -> None:
         if code == 2:
             sys.exit(2)
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        sys.exit(
-            f"{Path(__file__).name}: process {rank} ended with {how}, so all were ended; the same "
-            f"command goes on from the last checkpoint in {options.checkpoints}"
+        print(
+            f"\n{Path(__file__).name}: process {rank} ended with {how}, so all were ended; "
+            f"the same command goes on from the last checkpoint in {options.checkpoints}",
+            file=sys.stderr,
         )
+        sys.exit(1)
 
 
 # --- Picture and command line ---------------------------------------------------------------------
@@ -378,8 +387,8 @@ def draw(history: dict, path: Path) -> None:
     smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.3, label="a batch")
-    axes.plot(np.arange(window, len(losses) + 1), smooth, label=f"mean of {window}")
-    for i, start in enumerate(start for start in history["starts"] if start):
+    axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, label=f"mean of {window}")
+    for i, start in enumerate(start for start in history["starts"] if 0 < start < len(losses)):
         label = None if i else "restored from a checkpoint"
         axes.axvline(start, color="tab:red", linewidth=0.8, linestyle="--", label=label)
     axes.set(title="Character transformer, data parallel", xlabel="step", ylabel="loss")
