@@ -5,6 +5,7 @@ that a step returns is made by the same instructions, in the same order, of the 
 modules that XLA hands to its code generators, optimised and fused for the device.
 """
 
+import collections
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import topologies
 
 import adam_jax
 
@@ -373,3 +375,67 @@ def test_the_benchmark_says_what_is_wrong(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         accelerators.main()
     assert "there is no directory" in capsys.readouterr().err
+
+
+# --- Many devices ---------------------------------------------------------------------------------
+
+
+def test_zero_on_sixteen_tpus():
+    """Each chip makes and keeps a sixteenth of the state, and a step moves only what it must:
+
+    it adds up the gradients once, gathers the weights once, and has no other collective.
+    """
+    accelerators.device("v5e")  # tells libtpu what it must know
+    chips = topologies.get_topology_desc("v5e:4x4", "tpu").devices
+    mesh = jax.sharding.Mesh(np.array(chips), "data", axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere, rows = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in ((), ("data",))
+    )
+    shapes = {"kernel": (4096, 512), "head": (512, 2048), "bias": (2048,)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere)
+        for name, shape in shapes.items()
+    }
+    eight = adam_jax.storage.int8()
+    tx = adam_jax.adamw(1e-3, mu_storage=eight, nu_storage=eight)
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ params["kernel"])
+        return jnp.mean(jnp.square(hidden @ params["head"] + params["bias"][None]))
+
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    shardings = adam_jax.state_shardings(tx, params, zero="data")
+    init = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
+    state = jax.eval_shape(tx.init, params)
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    # Besides, a TPU keeps small arrays in tiles of 4 KB.
+    assert init.memory_analysis().output_size_in_bytes < whole / 16 + 4096 * len(
+        jax.tree.leaves(state)
+    )
+    assert init.memory_analysis().temp_size_in_bytes < 4096
+    assert collectives(init) == {}
+
+    there = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)  # noqa: E731
+    arguments = (
+        params,
+        jax.tree.map(there, state, shardings),
+        jax.ShapeDtypeStruct((256, 4096), jnp.float32, sharding=rows),
+    )
+    out = jax.tree.map(lambda p: p.sharding, params), shardings
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(*arguments).compile()
+    elements = sum(math.prod(shape) for shape in shapes.values())
+    assert collectives(step) == {"all-reduce": elements, "all-gather": elements}
+
+
+def collectives(compiled):
+    """How many elements the collectives of each kind give to a device."""
+    elements = collections.Counter()
+    for line in accelerators.computations(compiled.as_text())["ENTRY"]:
+        if re.match(r"all-|collective-|reduce-scatter", line.operation):
+            for lengths in re.findall(r"\w\[([\d,]*)\]", line.shape):
+                elements[line.operation] += math.prod(map(int, filter(None, lengths.split(","))))
+    return elements
