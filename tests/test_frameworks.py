@@ -1,8 +1,6 @@
 """In the frameworks that people train with: Flax NNX, Flax Linen, Equinox, Orbax."""
 
 import functools
-import io
-import pickle
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +13,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
 
@@ -407,36 +405,6 @@ def test_tree_map_params(name):
     jax.eval_shape(tx.update, params, again, params)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "float16, block_mean, compensate",
-        "int8, int4, compensate int8",
-        "int4, factored",
-        "ademamix, int8",
-    ],
-)
-@pytest.mark.usefixtures("promoting")
-def test_round_trips_of_a_state(name, tmp_path):
-    """Orbax, Flax's bytes, pickle and Equinox's leaves: what comes back is the same state."""
-    tx, params, abstract = abstract_state(name)
-    _, state = tx.update(params, tx.init(params), params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        from_orbax = checkpointer.restore(tmp_path / "state", abstract)
-    from_flax = serialization.from_bytes(tx.init(params), serialization.to_bytes(state))
-    from_pickle = pickle.loads(pickle.dumps(state))
-    file = io.BytesIO()
-    eqx.tree_serialise_leaves(file, state)
-    file.seek(0)
-    from_equinox = eqx.tree_deserialise_leaves(file, abstract)
-    for restored in (from_orbax, from_flax, from_pickle, from_equinox):
-        chex.assert_trees_all_equal_dtypes(restored, state)
-        chex.assert_trees_all_equal(restored, state)
-    jax.eval_shape(tx.update, params, from_orbax, params)
-
-
 def test_checkpoint_of_an_nnx_optimizer(tmp_path):
     """Restored into an optimizer that was never computed."""
 
@@ -585,24 +553,6 @@ def test_conditional_wrappers_before_compensate(wrap, skipped, residual):
 def test_nnx_with_strict_promotion():
     losses, _ = train_nnx(adam_jax.adamw(1e-2))
     assert losses[-1] < losses[0] / 2
-
-
-def test_checkpoint_round_trip(tmp_path):
-    """Training goes on after a restart as if there had been none; a schedule may take over."""
-    params = {"w": jnp.arange(3.0), "b": jnp.ones(())}
-    tx = adam_jax.adamw(1e-2, b2=jnp.float32(0.99))
-    state = tx.init(params)
-    _, state = tx.update(params, state, params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        scheduled = adam_jax.adamw(optax.constant_schedule(1e-2), b2=jnp.float32(0.99))
-        restored = checkpointer.restore(tmp_path / "state", scheduled.init(params))
-    chex.assert_trees_all_equal(restored, state)
-    assert restored[-1].step == 1
-    chex.assert_trees_all_equal(
-        scheduled.update(params, restored, params), tx.update(params, state, params)
-    )
 
 
 def test_an_unfiltered_equinox_module_is_refused_by_name():
