@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import assert_close, matrices_only
+from support import assert_close, matrices_only, user_jit
 
 import adam_jax
 from adam_jax import storage
@@ -270,8 +270,8 @@ def test_zero(kind, name):
     shardings = adam_jax.state_shardings(tx, params, zero="data")
 
     # No device holds a whole moment while the state is made, not even in 8 bits, or asks another.
-    init = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
-    assert init.memory_analysis().temp_size_in_bytes < LARGEST / 4
+    init = user_jit(tx.init, out_shardings=shardings).lower(params).compile()
+    assert init.memory_analysis().temp_size_in_bytes < LARGEST / 4 + SMALL_LEAVES
     assert collectives(init) == {}
     state = init(params)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -279,15 +279,15 @@ def test_zero(kind, name):
 
     # The gradients are added up once, the weights gathered once, and there is nothing else.
     out = jax.tree.map(lambda p: p.sharding, params), shardings
-    step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=out)
+    step = user_jit(step_of(tx), donate_argnums=(0, 1), out_shardings=out)
     batches = [floats(batch, rows) for batch in BATCHES]
     step = step.lower(params, state, batches[0]).compile()
     elements = sum(leaf.size for leaf in START.values())
     assert collectives(step) == {"all-reduce": elements, "all-gather": elements}
 
-    alone, one = jax.jit(step_of(tx)), jax.devices()[0]
+    alone, one = user_jit(step_of(tx)), jax.devices()[0]
     expected = floats(START, one)
-    expected = expected, jax.jit(tx.init)(expected)
+    expected = expected, user_jit(tx.init)(expected)
     for here, there in zip(batches, BATCHES, strict=True):
         params, state = step(params, state, here)
         expected = alone(*expected, floats(there, one))
