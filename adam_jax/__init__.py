@@ -19,7 +19,7 @@ from adam_jax.correction import (
     running_max,
 )
 from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
-from adam_jax.fusion import recompute
+from adam_jax.fusion import fuse, fused_step, recompute
 from adam_jax.learning_rate import (
     ClipByScheduleState,
     ScaleByLrState,
@@ -107,6 +107,9 @@ __all__ = [
     "compensate",
     # a stage whose output is computed apart from its state: one kernel a leaf on a CPU
     "recompute",
+    # a chain as one kernel a leaf, on a GPU and a TPU
+    "fuse",
+    "fused_step",
     # a running job goes on here
     "from_optax",
     # where the state lives on many devices

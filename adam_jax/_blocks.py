@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adam_jax._tree import own_equation
+
 PIECE = 8  # the rows of a TPU's tile
 
 
+@own_equation
 def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
     """The largest magnitude of every block, in bfloat16, rounded up; not a number if one is not.
 
@@ -39,6 +42,7 @@ def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
+@own_equation
 def spread(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
     """One number of every block for each of its elements."""
     if x.shape[axis] == 1:
@@ -48,6 +52,26 @@ def spread(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
     repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), lengths)
     whole = joined(repeated, axis)
     return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
+
+
+@own_equation
+def packed(codes: jax.Array, axis: int, bits: int) -> jax.Array:
+    """The codes of a few bits in bytes: neighbours along an axis, the first in the lowest bits."""
+    pairs = split(codes, axis, 8 // bits) << _shifts(codes.ndim, axis, bits)
+    return jax.lax.reduce(pairs, np.uint8(0), jax.lax.bitwise_or, [axis + 1])
+
+
+@own_equation
+def unpacked(codes: jax.Array, axis: int, bits: int, length: int) -> jax.Array:
+    """What `packed` has packed, the first `length` codes of the axis."""
+    pairs = (jnp.expand_dims(codes, axis + 1) >> _shifts(codes.ndim, axis, bits)) & (2**bits - 1)
+    return jax.lax.slice_in_dim(joined(pairs, axis), 0, length, axis=axis)
+
+
+def _shifts(ndim: int, axis: int, bits: int) -> np.ndarray:
+    """How far each code of a byte is shifted, along an axis of its own."""
+    shape = [-1 if a == axis + 1 else 1 for a in range(ndim + 1)]
+    return np.arange(0, 8, bits, dtype=np.uint8).reshape(shape)
 
 
 def mean(x: jax.Array, axis: int, block: int) -> jax.Array:

@@ -135,3 +135,28 @@ def _joined(static: _Static, arrays: Sequence[Any]) -> Any:
     left = iter(arrays)
     leaves = [next(left) if number is None else number[1] for number in static.numbers]
     return jax.tree.unflatten(static.structure, leaves)
+
+
+OWN = "adam_jax."
+
+
+def own_equation(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of one array and some integers as one equation, which tells them in its name.
+
+    A kernel sees a tile of the leaf and does in a way of its own what needs to know the place of an
+    element (`_kernel.py`).
+    """
+
+    @functools.cache
+    def with_integers(integers):
+        def on_array(x):
+            return fn(x, *integers)
+
+        on_array.__name__ = " ".join([OWN + fn.__name__, *map(str, integers)])
+        return jax.jit(on_array, keep_unused=True)  # its sharding is that of the result
+
+    @functools.wraps(fn)
+    def equation(x, *integers):
+        return with_integers(integers)(x)
+
+    return equation

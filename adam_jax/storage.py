@@ -297,7 +297,6 @@ def int4(block: int = 64, seed: int = 0) -> Storage:
 
 
 def _in_blocks(bits: int, block: int, seed: int) -> Storage:
-    packed = 8 // bits  # codes a byte
     # The root of a moment over its scale is (code + first) / top.
     half = 2 ** (bits - 1) - 1
     first = {"mu": 0 if bits == 8 else -half, "nu": 1}
@@ -325,17 +324,12 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
         else:
             root = jnp.where(valid, jnp.maximum(root, 1), most)
         codes = (root - first[leaf.moment]).astype(dtype[leaf.moment])
-        if packed > 1:
-            pairs = _blocks.split(codes, axis, packed) << shifts(leaf, axis)
-            codes = jax.lax.reduce(pairs, np.uint8(0), jax.lax.bitwise_or, [axis + 1])
-        return Blocks(codes, scales)
+        return Blocks(codes if bits == 8 else _blocks.packed(codes, axis, bits), scales)
 
     def load(stored, leaf):
         axis, codes = axis_of(leaf), stored.codes
-        if packed > 1:
-            pairs = (jnp.expand_dims(codes, axis + 1) >> shifts(leaf, axis)) & (2**bits - 1)
-            codes = _blocks.joined(pairs, axis)
-            codes = jax.lax.slice_in_dim(codes, 0, leaf.shape[axis], axis=axis)
+        if bits < 8:
+            codes = _blocks.unpacked(codes, axis, bits, leaf.shape[axis])
         root = codes.astype(jnp.float32) + first[leaf.moment]
         if leaf.moment == "mu":
             root = jnp.where(root == not_a_number, jnp.nan, root)
@@ -345,12 +339,6 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
 
     def axis_of(leaf):
         return max(len(leaf.shape) - 2, 0)
-
-    def shifts(leaf, axis):
-        """How far each code of a byte is shifted, along an axis of its own."""
-        shape = [1] * (len(leaf.shape) + 1)
-        shape[axis + 1] = packed
-        return np.arange(0, 8, bits, dtype=np.uint8).reshape(shape)
 
     return Storage(save, load, parts=Blocks)
 

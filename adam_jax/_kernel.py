@@ -1,0 +1,478 @@
+"""A chain as kernels, one for each large leaf. No kernel is written for any optimizer.
+
+A local chain treats every element of a leaf, or every block of elements, by itself. So the
+equations that JAX traces on whole leaves hold for a tile of a leaf too, and they are the body of
+a Pallas kernel. `Program` sorts the equations of a step:
+
+    between scalars, and of small leaves     XLA computes them, outside of the kernels
+    between the arrays of one large leaf     the kernel of this leaf
+    anything else                            is not local: refused, with the name of its stage
+"""
+
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+
+from adam_jax._tree import OWN
+
+LARGE = 4096  # elements; for less a kernel of its own is not worth its start
+
+# Equations that make an element of the result of the elements in the same place.
+ELEMENTWISE = set(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil
+    clamp convert_element_type copy cos cosh div eq erf erf_inv exp exp2 expm1 floor ge gt
+    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+)
+CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
+         "custom_vjp_call_jaxpr", "checkpoint"}  # fmt: skip
+BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas
+DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
+
+
+class Value:
+    """An array of a step, before it is computed."""
+
+    def __init__(self, aval: Any):
+        self.shape, self.dtype, self.aval = aval.shape, aval.dtype, aval
+
+
+class Equation(NamedTuple):
+    """An equation of a step."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: list[Any]  # values or constants
+    outputs: list[Value]
+    traces: tuple  # where it was written, then the calls around it
+
+    @property
+    def own(self) -> list[str]:
+        """The name and the integers of an `own_equation`."""
+        name = str(self.params.get("name", ""))
+        return name.removeprefix(OWN).split() if name.startswith(OWN) else []
+
+    @property
+    def elementwise(self) -> bool:
+        return self.primitive.name in ELEMENTWISE
+
+    @property
+    def grained(self) -> tuple[Value, int] | None:
+        """The operand or result that has one element for several of the leaf, and for how many."""
+        if not self.own or self.own[0] == "positions":
+            return None
+        name, _, number, *_ = self.own
+        value = self.outputs[0] if name in ("largest", "packed") else self.inputs[0]
+        return value, int(number) if name in ("largest", "spread") else 8 // int(number)
+
+    def refuse(self) -> None:
+        stage = _stage(self.traces)
+        raise ValueError(
+            f"adam_jax fuses chains that treat every element or block of a large leaf by itself, "
+            f"and {stage} does not: it has the equation {self.primitive.name!r}. Chain it outside "
+            f"of what is fused: optax.chain({stage}(...), adam_jax.fuse(...))."
+        )
+
+
+def _stage(traces: Sequence[Any]) -> str:
+    """The stage that an equation is of: the innermost function made by one, but for our helpers."""
+    helpers = (
+        "/jax/",
+        "/optax/tree_utils/",
+        "/_tree.py",
+        "/_slot.py",
+        "/_blocks.py",
+        "/signal.py",
+        "/combine.py",
+    )
+    for trace in traces:
+        for frame in trace.frames if trace else ():
+            path = frame.file_name.replace("\\", "/")
+            name, *inside = frame.function_name.split(".<locals>")
+            if inside and not any(helper in path for helper in helpers):
+                return name
+    return "a stage"
+
+
+def _inlined(
+    closed: Any, inputs: Sequence[Any], traces: tuple = ()
+) -> tuple[list[Equation], list[Any]]:
+    """The equations of a jaxpr and of all that it calls, and its results."""
+    jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
+    env = dict(zip((*jaxpr.invars, *jaxpr.constvars), (*inputs, *consts), strict=True))
+    equations: list[Equation] = []
+
+    def read(atom):
+        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        results: list[Any] = [Value(var.aval) for var in eqn.outvars]
+        around = (eqn.source_info.traceback, *traces)
+        equation = Equation(eqn.primitive, eqn.params, operands, results, around)
+        if eqn.primitive.name in CALLS and not equation.own:
+            called = next(
+                eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
+            )
+            inside, results = _inlined(called, operands, around)
+            equations += inside
+        else:
+            equations.append(equation)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return equations, [read(atom) for atom in jaxpr.outvars]
+
+
+class Joined:
+    """Which values were joined to one another, directly or by way of others."""
+
+    def __init__(self) -> None:
+        self.parent: dict[Value, Value] = {}
+
+    def root(self, value: Value) -> Value:
+        while value in self.parent:
+            value = self.parent[value]
+        return value
+
+    def join(self, values: Iterable[Value]) -> None:
+        roots = list(dict.fromkeys(map(self.root, values)))
+        self.parent.update((root, roots[0]) for root in roots[1:])
+
+
+class Program:
+    """A step, sorted.
+
+    Args:
+      jaxpr: the step, traced on whole leaves; its inputs here are its arguments, then what it
+        closes over.
+      leaves: which of its arguments are the leaves, one of each: the gradients.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, leaves: Sequence[int]):
+        self.jaxpr = jaxpr
+        self.inputs = [Value(var.aval) for var in (*jaxpr.invars, *jaxpr.constvars)]
+        equations, self.outputs = _inlined(jaxpr, self.inputs)
+        needed = {v for v in self.outputs if isinstance(v, Value)}
+        self.equations: list[Equation] = []
+        for equation in reversed(equations):
+            if not needed.isdisjoint(equation.outputs):
+                needed.update(v for v in equation.inputs if isinstance(v, Value))
+                self.equations.append(equation)
+        self.equations.reverse()
+        # An array made of scalars alone has equal elements: one of them stands for it.
+        self.uniform = {v for v in self.inputs if not v.shape}
+        self.leaf, self.alike = Joined(), Joined()
+        for equation in self.equations:
+            spreads = equation.elementwise or equation.primitive.name == "broadcast_in_dim"
+            made_of_scalars = spreads and all(map(self.is_uniform, equation.inputs))
+            self.uniform.update(v for v in equation.outputs if made_of_scalars or not v.shape)
+            self.leaf.join(self.arrays(equation))
+            if equation.elementwise:
+                self.alike.join(self.arrays(equation))
+        bodies: dict[Value, list[Equation]] = {}
+        for equation in self.equations:
+            for value in self.arrays(equation)[:1]:
+                bodies.setdefault(self.leaf.root(value), []).append(equation)
+        self.leaves: dict[Value, Leaf] = {}
+        for value in (self.inputs[number] for number in leaves):
+            root = self.leaf.root(value)
+            body = bodies.get(root, [])
+            dtypes = {str(v.dtype) for equation in body for v in self.arrays(equation)}
+            if body and math.prod(value.shape) >= LARGE and dtypes <= DTYPES:
+                self.leaves[root] = Leaf(self, value, body)
+
+    def is_uniform(self, value: Any) -> bool:
+        return value in self.uniform if isinstance(value, Value) else np.ndim(value) == 0
+
+    def arrays(self, equation: Equation) -> list[Value]:
+        """What an equation has of leaves."""
+        both = (*equation.inputs, *equation.outputs)
+        return [v for v in both if isinstance(v, Value) and v not in self.uniform]
+
+    def plain(self, *arguments: Any) -> list[Any]:
+        """The results of the step, without kernels."""
+        number = len(self.jaxpr.invars)
+        closed = ClosedJaxpr(self.jaxpr, arguments[number:])
+        return jaxpr_as_fun(closed)(*arguments[:number])
+
+    def run(self, platform: str, call: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+        """Its results, where `call(leaf, tile, scalars, arrays)` calls the kernel of a leaf."""
+        known = dict(zip(self.inputs, arguments, strict=True))
+        tiles = {leaf: leaf.tile(platform) for leaf in self.leaves.values()}
+        kernels = {leaf: tile for leaf, tile in tiles.items() if tile}
+        inside = {id(equation) for leaf in kernels for equation in leaf.body}
+
+        def of(value, whole):
+            if not isinstance(value, Value):
+                return value
+            whole = whole and value in self.uniform
+            return jnp.broadcast_to(known[value], value.shape) if whole else known[value]
+
+        for equation in self.equations:
+            if id(equation) in inside:
+                continue
+            whole = not self.uniform.issuperset(equation.outputs)
+            operands = [of(value, whole) for value in equation.inputs]
+            if not whole and equation.primitive.name == "broadcast_in_dim":
+                results = operands[:1]
+            else:
+                results = equation.primitive.bind(*operands, **equation.params)
+            several = isinstance(results, list | tuple)
+            known.update(zip(equation.outputs, results if several else [results], strict=True))
+        for leaf, tile in kernels.items():
+            scalars = [known[value] for value in leaf.scalars]
+            arrays = [known[value] for value in leaf.reads]
+            results = call(leaf, tile, scalars, arrays)
+            known.update(zip(leaf.writes, results, strict=True))
+        return [of(value, whole=True) for value in self.outputs]
+
+
+class Leaf:
+    """A large leaf: its equations, its arrays, and its kernel.
+
+    An array of the leaf has one element for each of the leaf's, or one for `grain` of them along
+    the axis of the blocks: the scales of blocks, codes packed into bytes.
+    """
+
+    def __init__(self, program: Program, value: Value, body: list[Equation]):
+        self.program, self.shape, self.body = program, value.shape, body
+        self.axis = max(len(value.shape) - 2, 0)
+        self.grains: dict[Value, int] = {}
+        for equation in body:
+            if not equation.elementwise and not equation.own:
+                equation.refuse()
+            if equation.grained:
+                grained, grain = equation.grained
+                if self.grains.setdefault(program.alike.root(grained), grain) != grain:
+                    equation.refuse()
+        made = {v for equation in body for v in equation.outputs}
+        used = {v: None for e in body for v in e.inputs if isinstance(v, Value) and v not in made}
+        self.scalars = [v for v in used if v in program.uniform]
+        self.reads = [v for v in used if v not in program.uniform]
+        self.writes = [v for v in dict.fromkeys(program.outputs) if v in made]
+        for equation in body:
+            for v in program.arrays(equation):
+                if v.shape != self.cut(v, self.shape) or any(map(np.ndim, equation.inputs)):
+                    equation.refuse()
+
+    def cut(self, value: Value, lengths: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a value where the leaf has this shape."""
+        grain = self.grains.get(self.program.alike.root(value), 1)
+        return tuple(-(-n // grain) if a == self.axis else n for a, n in enumerate(lengths))
+
+    def tile(self, platform: str) -> tuple[int, ...] | None:
+        """The shape of a tile, None where XLA does better or blocks do not fit."""
+        *_, columns = self.shape
+        grain = max(self.grains.values(), default=1)
+        if grain & (grain - 1) or grain > 512 or math.prod(self.shape) >= 2**31:
+            return None
+        if platform == "cuda":  # Triton wants powers of two
+            if len(self.shape) == 1:
+                return (LARGE,)
+            width = min(_power_of_two(columns), 128)
+            height = max(min(_power_of_two(self.shape[-2]), LARGE // width), grain)
+        else:  # Mosaic wants multiples of (8, 128) or whole axes, of every array
+            if len(self.shape) == 1:
+                return None
+            # XLA lays a matrix out by columns where that leaves less of the last tiles empty, and
+            # would have to copy it for a kernel.
+            by_rows, by_columns = (
+                -(-a // 8) * 8 * -(-b // 128) * 128
+                for a, b in (self.shape[-2:], self.shape[:-3:-1])
+            )
+            if by_rows > by_columns or math.prod(self.shape[-2:]) < LARGE:
+                return None
+            width, height = min(columns, 512), max(256, 8 * grain)
+        return (*(1 for _ in self.shape[:-2]), height, width)
+
+    def call(
+        self,
+        tile: tuple[int, ...],
+        platform: str,
+        interpret: bool,
+        scalars: Sequence[Any],
+        arrays: Sequence[Any],
+        corner: Any = None,
+    ) -> list[Any]:
+        """What the kernel makes of the arrays of the leaf, or of a shard that lies at `corner`."""
+        backend = importlib.import_module(f"jax.experimental.pallas.{BACKENDS[platform]}")
+        operands = [
+            jnp.reshape(x.astype(np.int32) if x.dtype == bool else x, (1,)) for x in scalars
+        ]
+        operands += [] if corner is None else [corner]
+        if platform == "tpu":
+            number = pl.BlockSpec(memory_space=backend.SMEM)
+            parameters = backend.CompilerParams(dimension_semantics=("parallel",) * len(tile))
+        else:
+            number, parameters = pl.BlockSpec(), backend.CompilerParams(num_warps=8)
+        lengths = next(
+            x.shape for v, x in zip(self.reads, arrays, strict=True) if v.shape == self.shape
+        )
+
+        def block(value):
+            shape = self.cut(value, tile)
+            squeezed = (None,) * max(len(shape) - 2, 0)
+            return pl.BlockSpec((*squeezed, *shape[-2:]), lambda *place: place)
+
+        def kernel(*refs):
+            place = Place(self, lengths, tile, refs[len(scalars)] if corner is not None else None)
+            # Triton reads and writes beyond the leaf if it is not told where the leaf ends.
+            mask = place.inside if platform == "cuda" else lambda value: None
+            known: dict[Value, Any] = {}
+            for value, ref in zip(self.scalars, refs, strict=False):
+                known[value] = ref[0] != 0 if value.dtype == bool else ref[0]
+            refs = refs[len(operands) :]
+            for value, ref in zip(self.reads, refs, strict=False):
+                zero = jnp.zeros((), value.dtype)
+                known[value] = (
+                    ref[...]
+                    if mask(value) is None
+                    else backend.load(ref, mask=mask(value), other=zero)
+                )
+            for equation in self.body:
+                values = [known[v] if isinstance(v, Value) else v for v in equation.inputs]
+                (result,) = equation.outputs
+                shape = self.cut(result, tile)[-2:]
+                if equation.own:
+                    known[result] = getattr(place, equation.own[0])(*values, shape)
+                else:
+                    values = [x if np.ndim(x) else _full(x, shape) for x in values]
+                    known[result] = _elementwise(equation, values)
+            for value, ref in zip(self.writes, refs[len(self.reads) :], strict=True):
+                if mask(value) is None:
+                    ref[...] = known[value]
+                else:
+                    backend.store(ref, known[value], mask=mask(value))
+
+        aliases = {}
+        for number_of_output, value in enumerate(self.writes):
+            # The results of a step replace its first inputs, one by one.
+            old = self.program.inputs[self.program.outputs.index(value)]
+            if old in self.reads and (old.shape, old.dtype) == (value.shape, value.dtype):
+                aliases[len(operands) + self.reads.index(old)] = number_of_output
+        varying = {
+            key: getattr(jax.typeof(arrays[0]), key)
+            for key in ("vma", "manual_axis_type")  # of jax 0.7 and of jax 0.10
+            if key in inspect.signature(jax.ShapeDtypeStruct).parameters
+        }
+        return pl.pallas_call(
+            kernel,
+            grid=tuple(-(-n // t) for n, t in zip(lengths, tile, strict=True)),
+            in_specs=[number] * len(operands) + [block(v) for v in self.reads],
+            out_specs=[block(v) for v in self.writes],
+            out_shape=[
+                jax.ShapeDtypeStruct(self.cut(v, lengths), v.dtype, **varying) for v in self.writes
+            ],
+            input_output_aliases=aliases,
+            interpret=interpret,
+            compiler_params=parameters,
+            name="adam_jax",
+        )(*operands, *arrays)
+
+
+class Place:
+    """A tile while the kernel runs: where it lies, and the equations that depend on that.
+
+    Each is the function of the same name, of an array of the tile and the shape of the result.
+    Arrays have the last two axes of the tile, or its only one.
+    """
+
+    def __init__(self, leaf: Leaf, lengths: Sequence[int], tile: Sequence[int], corner: Any):
+        self.leaf, self.lengths, self.tile, self.corner = leaf, lengths, tile, corner
+        self.number = [pl.program_id(a) for a in range(len(tile))]
+        self.axis = leaf.axis - max(len(tile) - 2, 0)
+
+    def inside(self, value: Value) -> Any:
+        """Which elements of an array lie in the leaf, None for all."""
+        shape, lengths = (self.leaf.cut(value, of) for of in (self.tile, self.lengths))
+        shape, lengths, number = shape[-2:], lengths[-2:], self.number[-2:]
+        masks = [
+            number[a] * n + jax.lax.broadcasted_iota(jnp.int32, shape, a) < lengths[a]
+            for a, n in enumerate(shape)
+            if lengths[a] % n
+        ]
+        return functools.reduce(jnp.logical_and, masks) if masks else None
+
+    def filled(self, x: Any) -> Any:
+        """With zeros for what lies behind the last row of the leaf, as `_blocks.split` does."""
+        rows, length = x.shape[self.axis], self.lengths[self.leaf.axis]
+        if length % rows == 0:
+            return x
+        row = jax.lax.broadcasted_iota(jnp.int32, x.shape, self.axis)
+        return jnp.where(self.number[self.leaf.axis] * rows + row < length, x, jnp.zeros_like(x))
+
+    def positions(self, x: Any, shape: tuple[int, ...]) -> Any:
+        position = jnp.zeros(shape, jnp.uint32)
+        for a, n in enumerate(self.tile):
+            along: Any = self.number[a] * n
+            if self.corner is not None:
+                along += self.corner[a]
+            if (axis := a - len(self.tile) + len(shape)) >= 0:
+                along += jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            stride = np.uint32(math.prod(self.leaf.shape[a + 1 :]) % 2**32)
+            position += along.astype(jnp.uint32) * stride
+        return position
+
+    def largest(self, x: Any, shape: tuple[int, ...]) -> Any:
+        bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+        bits = self.filled(jnp.minimum(bits, np.int32(0x7FC00000)))
+        bits = jnp.max(self.split(bits, shape), self.axis + 1)
+        bits = (bits + np.int32(0xFFFF)) & np.int32(-0x10000)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+    def spread(self, x: Any, shape: tuple[int, ...]) -> Any:
+        return self.repeated(x, shape).reshape(shape)
+
+    def packed(self, x: Any, shape: tuple[int, ...]) -> Any:
+        codes = self.split(self.filled(x.astype(jnp.int32)), shape)
+        return jnp.sum(codes << self.shifts(codes.shape), self.axis + 1).astype(jnp.uint8)
+
+    def unpacked(self, x: Any, shape: tuple[int, ...]) -> Any:
+        codes = self.repeated(x.astype(jnp.int32), shape)
+        bits = 8 // codes.shape[self.axis + 1]
+        codes = (codes >> self.shifts(codes.shape)) & np.int32(2**bits - 1)
+        return codes.reshape(shape).astype(jnp.uint8)
+
+    def split(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """The axis of the blocks as two, the first as long as in `shape`."""
+        return x.reshape(*shape[: self.axis + 1], -1, *shape[self.axis + 1 :])
+
+    def repeated(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Each element along the axis of the blocks so often that they fill `shape`."""
+        times = shape[self.axis] // x.shape[self.axis]
+        lengths = (*x.shape[: self.axis + 1], times, *x.shape[self.axis + 1 :])
+        return jnp.broadcast_to(jnp.expand_dims(x, self.axis + 1), lengths)
+
+    def shifts(self, lengths: tuple[int, ...]) -> Any:
+        bits = np.int32(8 // lengths[self.axis + 1])
+        return jax.lax.broadcasted_iota(jnp.int32, lengths, self.axis + 1) * bits
+
+
+def _elementwise(equation: Equation, values: list[Any]) -> Any:
+    if equation.primitive.name == "round":  # Triton has none; half of an odd number goes up
+        (x,) = values
+        down = jnp.floor(x)
+        odd = down - 2 * jnp.floor(down * 0.5) == 1
+        new = down + ((x - down > 0.5) | ((x - down == 0.5) & odd)).astype(x.dtype)
+        return jnp.where(new == 0, x * 0, new)  # which keeps the sign of a zero
+    return equation.primitive.bind(*values, **equation.params)
+
+
+def _full(x: Any, shape: tuple[int, ...]) -> Any:
+    if x.dtype == bool:  # Mosaic spreads no truth values
+        return jnp.full(shape, jnp.where(x, 1, 0)) != 0
+    return jnp.full(shape, x)
+
+
+def _power_of_two(n: int) -> int:
+    """The least one from n on."""
+    return 1 << (n - 1).bit_length()
