@@ -36,6 +36,7 @@ ELEMENTWISE = set(
 )
 CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
          "custom_vjp_call_jaxpr", "checkpoint"}  # fmt: skip
+TYPES = {"pvary", "pcast"}  # equations of types alone: what varies within jax.shard_map
 BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas
 DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 
@@ -64,7 +65,7 @@ class Equation(NamedTuple):
 
     @property
     def elementwise(self) -> bool:
-        return self.primitive.name in ELEMENTWISE
+        return self.primitive.name in ELEMENTWISE | TYPES
 
     @property
     def grained(self) -> tuple[Value, int] | None:
@@ -206,34 +207,36 @@ class Program:
 
     def run(self, platform: str, call: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
         """Its results, where `call(leaf, tile, scalars, arrays)` calls the kernel of a leaf."""
-        known = dict(zip(self.inputs, arguments, strict=True))
         tiles = {leaf: leaf.tile(platform) for leaf in self.leaves.values()}
         kernels = {leaf: tile for leaf, tile in tiles.items() if tile}
         inside = {id(equation) for leaf in kernels for equation in leaf.body}
+        known = dict(zip(self.inputs, arguments, strict=True))
+        one = {v: x for v, x in known.items() if v in self.uniform}  # element of a uniform array
 
-        def of(value, whole):
-            if not isinstance(value, Value):
-                return value
-            whole = whole and value in self.uniform
-            return jnp.broadcast_to(known[value], value.shape) if whole else known[value]
+        def compute(equation, known):
+            operands = [known[v] if isinstance(v, Value) else v for v in equation.inputs]
+            results = equation.primitive.bind(*operands, **equation.params)
+            several = equation.primitive.multiple_results
+            known.update(zip(equation.outputs, results if several else [results], strict=True))
 
         for equation in self.equations:
             if id(equation) in inside:
                 continue
-            whole = not self.uniform.issuperset(equation.outputs)
-            operands = [of(value, whole) for value in equation.inputs]
-            if not whole and equation.primitive.name == "broadcast_in_dim":
-                results = operands[:1]
+            compute(equation, known)
+            if not self.uniform.issuperset(equation.outputs):
+                continue
+            if all(v.shape == () for v in equation.outputs):
+                one.update((v, known[v]) for v in equation.outputs)
+            elif equation.elementwise and equation.primitive.name not in TYPES:
+                compute(equation, one)
             else:
-                results = equation.primitive.bind(*operands, **equation.params)
-            several = isinstance(results, list | tuple)
-            known.update(zip(equation.outputs, results if several else [results], strict=True))
+                (value,) = equation.inputs
+                one[equation.outputs[0]] = one[value] if isinstance(value, Value) else value
         for leaf, tile in kernels.items():
-            scalars = [known[value] for value in leaf.scalars]
-            arrays = [known[value] for value in leaf.reads]
-            results = call(leaf, tile, scalars, arrays)
+            scalars = [one[value] for value in leaf.scalars]
+            results = call(leaf, tile, scalars, [known[value] for value in leaf.reads])
             known.update(zip(leaf.writes, results, strict=True))
-        return [of(value, whole=True) for value in self.outputs]
+        return [known[v] if isinstance(v, Value) else v for v in self.outputs]
 
 
 class Leaf:
@@ -244,7 +247,7 @@ class Leaf:
     """
 
     def __init__(self, program: Program, value: Value, body: list[Equation]):
-        self.program, self.shape, self.body = program, value.shape, body
+        self.program, self.gradient, self.shape, self.body = program, value, value.shape, body
         self.axis = max(len(value.shape) - 2, 0)
         self.grains: dict[Value, int] = {}
         for equation in body:
@@ -269,27 +272,28 @@ class Leaf:
         grain = self.grains.get(self.program.alike.root(value), 1)
         return tuple(-(-n // grain) if a == self.axis else n for a, n in enumerate(lengths))
 
-    def tile(self, platform: str) -> tuple[int, ...] | None:
+    def tile(self, platform: str, lengths: Sequence[int] = ()) -> tuple[int, ...] | None:
         """The shape of a tile, None where XLA does better or blocks do not fit."""
-        *_, columns = self.shape
+        lengths = tuple(lengths) or self.shape
+        *_, columns = lengths
         grain = max(self.grains.values(), default=1)
-        if grain & (grain - 1) or grain > 512 or math.prod(self.shape) >= 2**31:
+        if grain & (grain - 1) or grain > 512 or math.prod(lengths) >= 2**31:
             return None
         if platform == "cuda":  # Triton wants powers of two
-            if len(self.shape) == 1:
+            if len(lengths) == 1:
                 return (LARGE,)
             width = min(_power_of_two(columns), 128)
-            height = max(min(_power_of_two(self.shape[-2]), LARGE // width), grain)
+            height = max(min(_power_of_two(lengths[-2]), LARGE // width), grain)
         else:  # Mosaic wants multiples of (8, 128) or whole axes, of every array
-            if len(self.shape) == 1:
+            if len(lengths) == 1:
                 return None
             # XLA lays a matrix out by columns where that leaves less of the last tiles empty, and
             # would have to copy it for a kernel.
             by_rows, by_columns = (
                 -(-a // 8) * 8 * -(-b // 128) * 128
-                for a, b in (self.shape[-2:], self.shape[:-3:-1])
+                for a, b in (lengths[-2:], lengths[:-3:-1])
             )
-            if by_rows > by_columns or math.prod(self.shape[-2:]) < LARGE:
+            if by_rows > by_columns or math.prod(lengths[-2:]) < LARGE:
                 return None
             width, height = min(columns, 512), max(256, 8 * grain)
         return (*(1 for _ in self.shape[:-2]), height, width)
@@ -458,6 +462,8 @@ class Place:
 
 
 def _elementwise(equation: Equation, values: list[Any]) -> Any:
+    if equation.primitive.name in TYPES:
+        return values[0]
     if equation.primitive.name == "round":  # Triton has none; half of an odd number goes up
         (x,) = values
         down = jnp.floor(x)

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from adam_jax import _partition
 from adam_jax._kernel import Program
 from adam_jax._tree import traced_once
 
@@ -121,7 +122,9 @@ def _fused(fn: Callable[..., Any], leaves: int) -> Callable[..., Any]:
         first = len(jax.tree.leaves(args[:leaves]))
         grads = range(first, first + len(jax.tree.leaves(args[leaves])))
         program = Program(closed.jaxpr, [n for n, i in enumerate(places) if i in grads])
-        results = _fused_p.bind(*arrays, *closed.consts, program=program)
+        results = _fused_p.bind(
+            *arrays, *closed.consts, program=program, marker=_partition.marker()
+        )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return fused
@@ -175,18 +178,18 @@ def recompute(stage: optax.GradientTransformation) -> optax.GradientTransformati
 
 _fused_p = Primitive("adam_jax_fused")
 _fused_p.multiple_results = True
-_fused_p.def_impl(lambda *arrays, program: program.plain(*arrays))
-_fused_p.def_abstract_eval(lambda *_, program: [var.aval for var in program.jaxpr.outvars])
+_fused_p.def_impl(lambda *arrays, program, marker: program.plain(*arrays))
+_fused_p.def_abstract_eval(lambda *_, program, marker: [var.aval for var in program.jaxpr.outvars])
 
 
 def _lowering(lowered_for: str) -> Callable[..., Any]:
-    def rule(context, *arrays, program):
+    def rule(context, *arrays, program, marker):
         if lowered_for not in KERNELS:
             return mlir.lower_fun(program.plain, multiple_results=True)(context, *arrays)
         platform, interpret = KERNELS[lowered_for]
 
         def call(leaf, tile, scalars, arrays):
-            return leaf.call(tile, platform, interpret, scalars, arrays)
+            return _partition.call(leaf, tile, platform, interpret, scalars, arrays)
 
         def kernels(*arrays):
             return program.run(platform, call, arrays)
@@ -198,12 +201,12 @@ def _lowering(lowered_for: str) -> Callable[..., Any]:
     return rule
 
 
-def _batched(arrays, axes, *, program):
+def _batched(arrays, axes, *, program, marker):
     results = jax.vmap(program.plain, axes)(*arrays)
     return results, [0] * len(results)
 
 
-def _jvp(arrays, tangents, *, program):
+def _jvp(arrays, tangents, *, program, marker):
     tangents = [ad.instantiate_zeros(t) for t in tangents]
     return jax.jvp(program.plain, arrays, tangents)
 
