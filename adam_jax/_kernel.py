@@ -267,9 +267,12 @@ class Leaf:
                 if v.shape != self.cut(v, self.shape) or any(map(np.ndim, equation.inputs)):
                     equation.refuse()
 
+    def grain(self, value: Value) -> int:
+        return self.grains.get(self.program.alike.root(value), 1)
+
     def cut(self, value: Value, lengths: Sequence[int]) -> tuple[int, ...]:
         """The shape of a value where the leaf has this shape."""
-        grain = self.grains.get(self.program.alike.root(value), 1)
+        grain = self.grain(value)
         return tuple(-(-n // grain) if a == self.axis else n for a, n in enumerate(lengths))
 
     def tile(self, platform: str, lengths: Sequence[int] = ()) -> tuple[int, ...] | None:
@@ -306,7 +309,7 @@ class Leaf:
         scalars: Sequence[Any],
         arrays: Sequence[Any],
         corner: Any = None,
-    ) -> list[Any]:
+    ) -> tuple[Any, ...]:
         """What the kernel makes of the arrays of the leaf, or of a shard that lies at `corner`."""
         backend = importlib.import_module(f"jax.experimental.pallas.{BACKENDS[platform]}")
         operands = [
@@ -368,7 +371,7 @@ class Leaf:
             for key in ("vma", "manual_axis_type")  # of jax 0.7 and of jax 0.10
             if key in inspect.signature(jax.ShapeDtypeStruct).parameters
         }
-        return pl.pallas_call(
+        call = pl.pallas_call(
             kernel,
             grid=tuple(-(-n // t) for n, t in zip(lengths, tile, strict=True)),
             in_specs=[number] * len(operands) + [block(v) for v in self.reads],
@@ -380,7 +383,8 @@ class Leaf:
             interpret=interpret,
             compiler_params=parameters,
             name="adam_jax",
-        )(*operands, *arrays)
+        )
+        return tuple(call(*operands, *arrays))
 
 
 class Place:

@@ -6,7 +6,7 @@ nothing to do: a part is a leaf there.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adam_jax._kernel import Leaf, Value
+from adam_jax._kernel import Leaf
 
 
 def call(
@@ -25,72 +25,54 @@ def call(
     interpret: bool,
     scalars: Sequence[Any],
     arrays: Sequence[Any],
-) -> list[Any]:
-    """`leaf.call`, which XLA may partition as the arrays are sharded."""
+) -> Sequence[Any]:
+    """`leaf.call`, of arrays that may be sharded."""
     number = len(scalars)
 
-    @custom_partitioning
-    def kernel(*operands):
+    def whole(*operands):
         return leaf.call(tile, platform, interpret, operands[:number], operands[number:])
 
-    def partition(mesh, operands, results):
-        spec = _common(leaf, [operand.sharding for operand in operands[number:]])
-        names = [name if isinstance(name, tuple) else (name,) * (name is not None) for name in spec]
-        parts = [math.prod(mesh.shape[name] for name in each) for each in names]
-        grain = max(leaf.grains.values(), default=1)
-        for axis, (length, count) in enumerate(zip(leaf.shape, parts, strict=True)):
-            whole = count * (grain if axis == leaf.axis else 1)
-            if count > 1 and length % whole:
-                raise ValueError(
-                    f"adam_jax.fuse: a leaf of shape {leaf.shape} is sharded as {spec}, and axis "
-                    f"{axis} is no multiple of {whole}, {count} shards of whole blocks. Shard "
-                    f"another axis, or call the step inside jax.shard_map."
-                )
-        lengths = [n // count for n, count in zip(leaf.shape, parts, strict=True)]
+    def part(mesh, spec) -> Callable[..., Any]:
+        names, lengths = _parts(leaf, mesh, spec)
+        size = leaf.tile(platform, lengths) or tile
 
         def local(*operands):
             corner = [
                 jax.lax.axis_index(each) * n if each else 0
                 for each, n in zip(names, lengths, strict=True)
             ]
-            size = leaf.tile(platform, lengths) or tile
-            return leaf.call(
-                size,
-                platform,
-                interpret,
-                operands[:number],
-                operands[number:],
-                jnp.asarray(corner, jnp.int32),
-            )
+            scalars, arrays = operands[:number], operands[number:]
+            place = jnp.asarray(corner, jnp.int32)
+            return leaf.call(size, platform, interpret, scalars, arrays, place)
 
-        sharding = NamedSharding(mesh, PartitionSpec(*spec))
-        replicated = NamedSharding(mesh, PartitionSpec())
-        shardings = [replicated] * number + [sharding] * len(arrays)
-        return mesh, local, [sharding] * len(leaf.writes), tuple(shardings)
+        return local
 
+    def partition(mesh, operands, results):
+        spec = _common(leaf, [operand.sharding for operand in operands[number:]])
+        every, one = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), spec))
+        shardings = (every,) * number + (one,) * len(arrays)
+        return mesh, part(mesh, spec), (one,) * len(leaf.writes), shardings
+
+    shardings = [jax.typeof(x).sharding for x in arrays]
+    mesh = shardings[0].mesh
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:  # the types tell how they are sharded
+        spec = PartitionSpec(*_common(leaf, shardings))
+        sharded = jax.shard_map(
+            part(mesh, spec),
+            mesh=mesh,
+            in_specs=(*(PartitionSpec() for _ in scalars), *(spec for _ in arrays)),
+            out_specs=tuple(spec for _ in leaf.writes),
+            check_vma=False,
+        )
+        return sharded(*scalars, *(jax.sharding.reshard(x, spec) for x in arrays))
+    kernel = custom_partitioning(whole)  # XLA tells it when it partitions
     kernel.def_partition(partition=partition, sharding_rule=_rule(leaf, number))
-    mesh = jax.typeof(arrays[0]).sharding.mesh
-    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
-        return kernel(*scalars, *arrays)
-    with jax.sharding.use_abstract_mesh(mesh):
-        specs = [value.aval.sharding.spec for value in leaf.writes]
-        return jax.sharding.auto_axes(kernel, out_sharding=specs)(*scalars, *arrays)
-
-
-@functools.cache
-def marker() -> Any:
-    """What tells JAX, in a parameter of an equation, that its lowering needs to know the devices."""
-    identity = custom_partitioning(lambda x: x)
-    identity.def_partition(
-        partition=lambda mesh, operands, result: (mesh, lambda x: x, result.sharding, operands),
-        sharding_rule="i -> i",
-    )
-    return jax.make_jaxpr(identity)(np.zeros(1, np.float32))
+    return kernel(*scalars, *arrays)
 
 
 def _common(leaf: Leaf, shardings: Sequence[Any]) -> tuple:
-    """How the leaf is sharded: as its arrays are, of which some may be whole on every device."""
-    found: dict[tuple, Value] = {}
+    """How a leaf is sharded: as its arrays are, of which some may be whole on every device."""
+    found = {}
     for value, sharding in zip(leaf.reads, shardings, strict=True):
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
@@ -98,26 +80,55 @@ def _common(leaf: Leaf, shardings: Sequence[Any]) -> tuple:
                 f"names no mesh. Call the step inside jax.shard_map."
             )
         spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
-        if any(name is not None for name in spec) and value is not leaf.gradient:
+        if spec.count(None) < len(spec) and value is not leaf.gradient:
             found[spec] = value
     if len(found) > 1:
+        several = " and as ".join(map(str, found))
         raise ValueError(
-            f"adam_jax.fuse: the arrays of a leaf of shape {leaf.shape} are sharded as "
-            f"{' and as '.join(map(str, found))}. Shard the state as the parameters are, or call the "
-            f"step inside jax.shard_map."
+            f"adam_jax.fuse: the parameter and the state of a leaf of shape {leaf.shape} are "
+            f"sharded as {several}. Shard them alike, or call the step inside jax.shard_map."
         )
     return next(iter(found), (None,) * len(leaf.shape))
 
 
+def _parts(leaf: Leaf, mesh: Any, spec: Sequence[Any]) -> tuple[list[tuple], list[int]]:
+    """The mesh axes that each axis of a leaf lies on, and the shape of a part."""
+    names = [name if isinstance(name, tuple) else (name,) * (name is not None) for name in spec]
+    parts = [math.prod(mesh.shape[name] for name in each) for each in names]
+    for axis, (length, count) in enumerate(zip(leaf.shape, parts, strict=True)):
+        block = max(leaf.grains.values(), default=1) if axis == leaf.axis else 1
+        if count > 1 and length % (count * block):
+            raise ValueError(
+                f"adam_jax.fuse: axis {axis} of a leaf of shape {leaf.shape} is sharded over "
+                f"{spec[axis]!r} and is no multiple of {count} shards of blocks of {block}. Shard "
+                f"another axis, or call the step inside jax.shard_map."
+            )
+    return names, [length // count for length, count in zip(leaf.shape, parts, strict=True)]
+
+
 def _rule(leaf: Leaf, number: int) -> str:
-    """Which axes of operands and results are the same, for XLA's propagation of shardings."""
+    """Which axes of operands and results are the same, by which XLA propagates shardings."""
 
     def axes(value):
-        coarse = value.shape != leaf.shape
-        letters = [chr(ord("a") + a) for a in range(len(leaf.shape))]
-        if coarse:
-            letters[leaf.axis] = f"g{leaf.grains[leaf.program.alike.root(value)]}"
-        return " ".join(letters)
+        names = [f"a{a}" for a in range(len(leaf.shape))]
+        names[leaf.axis] += f"b{leaf.grain(value)}"
+        return " ".join(names)
 
     operands = [""] * number + [axes(value) for value in leaf.reads]
     return f"{', '.join(operands)} -> {', '.join(map(axes, leaf.writes))}"
+
+
+@functools.cache
+def needs_devices() -> Any:
+    """A jaxpr that tells JAX, as a parameter of an equation, to lower it knowing the devices.
+
+    It has an equation of `custom_partitioning`, for which JAX looks before it lowers.
+    """
+    identity = custom_partitioning(lambda x: x)
+    identity.def_partition(
+        partition=lambda mesh, operands, result: (
+            mesh, lambda x: x, result.sharding, (operands[0].sharding,)
+        ),
+        sharding_rule="i -> i",
+    )  # fmt: skip
+    return jax.make_jaxpr(identity)(np.zeros(1, np.float32))

@@ -123,7 +123,7 @@ def _fused(fn: Callable[..., Any], leaves: int) -> Callable[..., Any]:
         grads = range(first, first + len(jax.tree.leaves(args[leaves])))
         program = Program(closed.jaxpr, [n for n, i in enumerate(places) if i in grads])
         results = _fused_p.bind(
-            *arrays, *closed.consts, program=program, marker=_partition.marker()
+            *arrays, *closed.consts, program=program, needs=_partition.needs_devices()
         )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -178,15 +178,25 @@ def recompute(stage: optax.GradientTransformation) -> optax.GradientTransformati
 
 _fused_p = Primitive("adam_jax_fused")
 _fused_p.multiple_results = True
-_fused_p.def_impl(lambda *arrays, program, marker: program.plain(*arrays))
-_fused_p.def_abstract_eval(lambda *_, program, marker: [var.aval for var in program.jaxpr.outvars])
+_fused_p.def_impl(lambda *arrays, program, needs: program.plain(*arrays))
+_fused_p.def_abstract_eval(lambda *_, program, needs: [var.aval for var in program.jaxpr.outvars])
 
 
 def _lowering(lowered_for: str) -> Callable[..., Any]:
-    def rule(context, *arrays, program, marker):
+    def rule(context, *arrays, program, needs):
         if lowered_for not in KERNELS:
             return mlir.lower_fun(program.plain, multiple_results=True)(context, *arrays)
         platform, interpret = KERNELS[lowered_for]
+        devices = getattr(context.module_context.axis_context, "num_devices", 1)
+        explicit = any(
+            jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
+            for aval in context.avals_in
+        )
+        if lowered_for == "tpu" and devices > 1 and not explicit:
+            raise ValueError(
+                "adam_jax.fuse: on TPUs XLA does not partition kernels by itself. Call the step "
+                "inside jax.shard_map, or use a mesh with explicit axes."
+            )
 
         def call(leaf, tile, scalars, arrays):
             return _partition.call(leaf, tile, platform, interpret, scalars, arrays)
@@ -201,12 +211,12 @@ def _lowering(lowered_for: str) -> Callable[..., Any]:
     return rule
 
 
-def _batched(arrays, axes, *, program, marker):
+def _batched(arrays, axes, *, program, needs):
     results = jax.vmap(program.plain, axes)(*arrays)
     return results, [0] * len(results)
 
 
-def _jvp(arrays, tangents, *, program, marker):
+def _jvp(arrays, tangents, *, program, needs):
     tangents = [ad.instantiate_zeros(t) for t in tangents]
     return jax.jvp(program.plain, arrays, tangents)
 
