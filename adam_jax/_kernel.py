@@ -189,6 +189,11 @@ class Program:
             body = bodies.get(root, [])
             dtypes = {str(v.dtype) for equation in body for v in self.arrays(equation)}
             if body and math.prod(value.shape) >= LARGE and dtypes <= DTYPES:
+                if root in self.leaves:
+                    raise ValueError(
+                        "adam_jax fuses chains that treat every leaf by itself, and this one has "
+                        "equations between several leaves. Chain those outside of what is fused."
+                    )
                 self.leaves[root] = Leaf(self, value, body)
 
     def is_uniform(self, value: Any) -> bool:

@@ -1,0 +1,435 @@
+"""Fused steps: the kernels, in Pallas's interpret mode, against the plain chain."""
+
+import re
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P  # noqa: N817
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect as triton
+from support import TOLERANCES, matrices_only
+
+import adam_jax
+from adam_jax import fusion, storage
+
+INT8, INT4 = storage.int8(), storage.int4()
+
+
+def both(how):
+    return {"mu_storage": how, "nu_storage": how}
+
+
+def plain_step(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """What is lowered for this machine's CPU runs the kernels of another platform."""
+    return lambda platform: monkeypatch.setattr(fusion, "KERNELS", {"cpu": (platform, True)})
+
+
+each_platform = pytest.mark.parametrize("platform", ["cuda", "tpu"])
+
+
+def random_tree(shapes, dtype, rng, size=1.0):
+    make = lambda shape: jnp.asarray(rng.normal(size=shape) * size, dtype)  # noqa: E731
+    return {name: make(shape) for name, shape in shapes.items()}
+
+
+def differences(actual, expected):
+    """Numbers of at most 16 bits that differ, and how many there are; others must be close."""
+    rtol, atol, reason = TOLERANCES["kernel"]
+    different = total = 0
+    paths = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, due), x in zip(paths, jax.tree.leaves(actual), strict=True):
+        assert (x.shape, x.dtype) == (due.shape, due.dtype)
+        narrow = due.dtype.itemsize <= 2
+        x, due = (np.asarray(a, np.float64) for a in (x, due))
+        if narrow:
+            total += due.size
+            different += np.sum((x != due) & ~(np.isnan(x) & np.isnan(due)))
+            continue
+        largest = np.max(np.abs(due), where=np.isfinite(due), initial=0)
+        name = f"{jax.tree_util.keystr(path)}: {reason}"
+        np.testing.assert_allclose(x, due, rtol=rtol, atol=atol * largest, err_msg=name)
+    return different, total
+
+
+# --- Every member, storage and rounding -----------------------------------------------------------
+
+MEMBERS = {
+    name: getattr(adam_jax, name)
+    for name in (
+        "sgd momentum nesterov_momentum adagrad rmsprop adam adamw nadam nadamw amsgrad radam "
+        "adabelief adamax adamaxw yogi adam_atan2 laprop adopt ademamix lion"
+    ).split()
+} | {
+    "rmsprop, centered": partial(adam_jax.rmsprop, centered=True, momentum=0.9),
+    "adam, schedules": lambda rate: adam_jax.adam(
+        optax.linear_schedule(rate, 0.0, 30), b1=lambda count: 0.9 - 0.1 / (count + 1.0)
+    ),
+    "injected": optax.inject_hyperparams(adam_jax.adam, hyperparam_dtype=jnp.float32),
+}
+STORAGES = {
+    "bfloat16": both(storage.cast(jnp.bfloat16)),
+    "stochastic": both(storage.stochastic()),
+    "8 bits": both(INT8),
+    "4 bits": both(INT4),
+    "4 and 8 bits": {"mu_storage": INT4, "nu_storage": INT8},
+    "blocks of 128": both(storage.int8(block=128)),
+}
+ROUNDINGS = {
+    "none": [],
+    "stochastic": [adam_jax.round_stochastically()],
+    "bfloat16": [adam_jax.compensate("bfloat16")],
+    "8 bits": [adam_jax.compensate("int8")],
+}
+CASES = {
+    **{name: (member(1e-2), "float32") for name, member in MEMBERS.items()},
+    **{f"adamw, {k}": (adam_jax.adamw(1e-2, **how), "float32") for k, how in STORAGES.items()},
+    "amsgrad, 8 bits": (adam_jax.amsgrad(1e-2, **both(INT8)), "float32"),
+    "ademamix, 8 bits": (adam_jax.ademamix(1e-2, **both(INT8)), "float32"),
+    "lion, 4 bits": (adam_jax.lion(1e-3, mu_storage=INT4), "float32"),
+    **{
+        f"{k} in bfloat16": (optax.chain(adam_jax.adamw(1e-2), *stages), "bfloat16")
+        for k, stages in ROUNDINGS.items()
+    },
+    **{
+        f"{k} in bfloat16, 8 bits": (
+            optax.chain(adam_jax.adamw(1e-2, **both(INT8)), *stages),
+            "bfloat16",
+        )
+        for k, stages in ROUNDINGS.items()
+        if k in ("stochastic", "8 bits")
+    },
+    "sgd in bfloat16": (adam_jax.momentum(1e-2, 0.9), "bfloat16"),
+    "stages of optax": (
+        optax.chain(
+            optax.clip(1.0),
+            optax.ema(0.9),
+            optax.masked(optax.add_decayed_weights(1e-2), matrices_only),
+            optax.scale_by_schedule(lambda count: -1e-2 / (count + 1.0)),
+        ),
+        "float32",
+    ),
+}
+ON_A_GPU_TOO = ["adam", "radam", "adamw, 4 and 8 bits", "8 bits in bfloat16, 8 bits"]
+
+
+@pytest.mark.parametrize(
+    ("case", "platform"),
+    [(case, "tpu") for case in CASES] + [(case, "cuda") for case in ON_A_GPU_TOO],
+)
+def test_kernels_do_what_the_chain_does(case, platform, interpreted):
+    """20 steps, each from the same state, with gradients of 1e-20 to 1e15, zeros, at last inf."""
+    interpreted(platform)
+    tx, dtype = CASES[case]
+    rng = np.random.default_rng(0)
+    # Several tiles, the last ones partial: of (512, 512) for a TPU, (32, 128) for a GPU.
+    shapes = {"matrix": (560, 530) if platform == "tpu" else (70, 150), "bias": (7,)}
+    params = random_tree(shapes, dtype, rng)
+    state = tx.init(params)
+    plain, fused = (jax.jit(step) for step in (plain_step(tx), adam_jax.fused_step(tx)))
+    different = total = 0
+    with jax.numpy_dtype_promotion("standard"):  # optax's own stages are not strict
+        for step in range(20):
+            grads = random_tree(shapes, dtype, rng, 10 ** rng.uniform(-20, 15))
+            grads["matrix"] = grads["matrix"].at[::7].set(0)
+            if step == 19:
+                grads["matrix"] = grads["matrix"].at[3, 5].set(jnp.inf)
+            due = plain(params, state, grads)
+            counts = differences(fused(params, state, grads), due)
+            different, total = different + counts[0], total + counts[1]
+            params, state = due
+    assert different <= total * 1e-4  # where two results of one formula lie on two sides of a step
+
+
+@each_platform
+def test_leaves_of_any_shape(platform, interpreted):
+    """Vectors, stacks, one row, short axes, dtypes: in tiles, or as they are, in one step."""
+    interpreted(platform)
+    tx = adam_jax.adamw(1e-2, mu_storage=INT8, nu_storage=INT4)
+    shapes = {"vector": (5000,), "stack": (2, 3, 67, 65), "row": (1, 4100), "flat": (3, 3, 2, 300)}
+    rng = np.random.default_rng(0)
+    params = random_tree(shapes, "float32", rng)
+    params |= random_tree({"complex": (64, 65)}, "complex64", rng)
+    params |= random_tree({"half": (64, 65)}, "float16", rng)
+    params |= random_tree({"scalar": (), "empty": (0, 3), "bias": (7,)}, "bfloat16", rng)
+    params["none"] = None
+    state = tx.init(params)
+    due = jax.jit(plain_step(tx))(params, state, params)
+    found = jax.jit(adam_jax.fused_step(tx))(params, state, params)
+    for name in ("complex", "half", "bias"):  # which have no kernel
+        chex.assert_trees_all_close(found[0][name], due[0][name], rtol=1e-5)
+    real = lambda tree: jax.tree.map(lambda x: jnp.stack([x.real, x.imag]), tree)  # noqa: E731
+    different, total = differences(real(found), real(due))
+    assert different <= total * 1e-4
+
+
+# --- The chain is the definition ------------------------------------------------------------------
+
+SMALL = {"kernel": (100, 70), "bias": (7,)}
+TX = optax.chain(adam_jax.adamw(1e-2, **both(INT8)), adam_jax.compensate("int8"))
+
+
+def small(dtype="bfloat16"):
+    params = random_tree(SMALL, dtype, np.random.default_rng(0))
+    return params, TX.init(params), jax.tree.map(lambda p: p / 3, params)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn], ids=["jit", "no jit"])
+def test_on_a_cpu_it_is_the_chain(jit):
+    arguments = small()
+    due = jit(plain_step(TX))(*arguments)
+    chex.assert_trees_all_equal(jit(adam_jax.fused_step(TX))(*arguments), due)
+    params, state, grads = arguments
+    fused = adam_jax.fuse(TX)
+    assert fused.init is TX.init
+    updates = jit(fused.update)(grads, state, params)
+    chex.assert_trees_all_equal(updates, jit(TX.update)(grads, state, params))
+
+
+def test_vmap_and_derivatives_are_those_of_the_chain():
+    tx, params = adam_jax.adam(1e-2), jnp.linspace(-1.0, 1.0, 4096).reshape(64, 64)
+    step, plain = adam_jax.fused_step(tx), plain_step(tx)
+    several = jax.tree.map(lambda x: jnp.stack([x, x + 1]), (params, tx.init(params)))
+    grads = jnp.stack([params, -params])
+    chex.assert_trees_all_equal(*(jax.jit(jax.vmap(f))(*several, grads) for f in (step, plain)))
+    loss = lambda f, grad: jnp.sum(f(params, tx.init(params), grad)[0] ** 2)  # noqa: E731
+    chex.assert_trees_all_equal(*(jax.jit(jax.grad(partial(loss, f)))(grads[0]) for f in (step, plain)))
+
+
+@each_platform
+def test_updates_apart(platform, interpreted):
+    """`fuse` within optax's wrappers, a mask and a partition, in nnx.Optimizer."""
+    interpreted(platform)
+    labels = lambda params: jax.tree.map(lambda p: "a" if p.ndim > 1 else "b", params)  # noqa: E731
+    inner = optax.partition({"a": adam_jax.adamw(1e-2, **both(INT8)), "b": optax.sgd(0.1)}, labels)
+    wrap = lambda tx: optax.apply_if_finite(  # noqa: E731
+        optax.chain(optax.clip_by_global_norm(1.0), optax.masked(tx, {"kernel": True, "bias": True})), 3
+    )
+    params, _, grads = small("float32")
+    tx, plain = wrap(adam_jax.fuse(inner)), wrap(inner)
+    state = tx.init(params)
+    with jax.numpy_dtype_promotion("standard"):
+        due = jax.jit(plain.update)(grads, state, params)
+        found = jax.jit(tx.update)(grads, state, params)
+    assert differences(found, due)[0] == 0
+
+    model = nnx.Linear(70, 64, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, adam_jax.fuse(adam_jax.adam(1e-2)), wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 70)))))(model))
+
+    before = jnp.asarray(model.kernel[...])
+    train_step(model, optimizer)
+    np.testing.assert_allclose(model.kernel[...], before - 1e-2, rtol=1e-5, atol=1e-7)
+
+
+def test_what_a_step_closes_over_and_further_arguments(interpreted):
+    interpreted("tpu")
+    params = jnp.ones((64, 64))
+
+    def scale(rate):
+        def update(updates, state, params=None, *, factor, kind, **_):
+            assert kind == "static"
+            return jax.tree.map(lambda u: -u * (rate * factor), updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+    @jax.jit
+    def step(params, rate, factor):
+        new = adam_jax.fused_step(scale(rate))
+        return new(params, optax.EmptyState(), params, factor=factor, kind="static")[0]
+
+    chex.assert_trees_all_close(step(params, jnp.float32(0.5), jnp.float32(0.5)), 0.75 * params)
+
+
+# --- What is not local ----------------------------------------------------------------------------
+
+NOT_LOCAL = {
+    "scale_by_trust_ratio": adam_jax.lamb(1e-3),
+    "cautious": adam_jax.cautious_adamw(1e-3),
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3)),
+    "factored": adam_jax.adam(1e-3, nu_storage=storage.factored()),
+    "block_mean": adam_jax.adam(
+        1e-3, nu_storage=storage.block_mean(lambda path, shape: (shape[0], 1))
+    ),
+    "apply_if_finite": optax.apply_if_finite(adam_jax.adam(1e-3), 3),
+    "add_noise": optax.chain(adam_jax.adam(1e-3), optax.add_noise(0.1, 0.1, 0)),
+    "centralize": optax.chain(optax.centralize(), adam_jax.adam(1e-3)),
+}
+
+
+@pytest.mark.parametrize("stage", NOT_LOCAL)
+def test_what_is_not_local_is_refused_by_name(stage):
+    tx, params = NOT_LOCAL[stage], {"kernel": jnp.ones((64, 128))}
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match=f"and {stage} does not"),
+    ):
+        jax.jit(adam_jax.fused_step(tx))(params, tx.init(params), params)
+
+
+def test_leaves_of_which_one_needs_the_other_are_refused():
+    swapped = optax.stateless(lambda updates, params: {"a": updates["b"], "b": updates["a"]})
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
+    tx = optax.chain(swapped, optax.scale(-1.0))
+    with pytest.raises(ValueError, match="several leaves"):
+        jax.jit(adam_jax.fused_step(tx))(params, tx.init(params), params)
+
+
+# --- What it is lowered to ------------------------------------------------------------------------
+
+
+def lowered(platform, tx, shape, dtype="float32"):
+    params = {"kernel": jax.ShapeDtypeStruct(shape, dtype)}
+    traced = jax.jit(adam_jax.fused_step(tx)).trace(params, jax.eval_shape(tx.init, params), params)
+    return traced.lower(lowering_platforms=(platform,))
+
+
+def triton_operations(module):
+    """All operations of the Triton kernels of a StableHLO module."""
+    kernels = []
+
+    def look(operation):
+        if operation.name == "stablehlo.custom_call":
+            kernels.append(operation.attributes["mhlo.backend_config"]["ir"].value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(look)
+    found = []
+    with ir.Context() as context:
+        triton.register_dialect(context)
+        for kernel in kernels:
+            ir.Module.parse(kernel).operation.walk(
+                lambda operation: found.append(str(operation)) or ir.WalkResult.ADVANCE
+            )
+    return found
+
+
+@pytest.mark.parametrize("shape", [(100, 200), (64, 256), (5, 33, 256), (5000,)])
+def test_no_tile_reads_or_writes_beyond_its_leaf(shape):
+    """Triton masks nothing by itself: read from the kernel as it is handed to its compiler."""
+    operations = triton_operations(lowered("cuda", TX, shape, "bfloat16").compiler_ir())
+    moves = [o for o in operations if re.match(r"(%\S+ = )?\"?tt\.(load|store)", o)]
+    arrays = [o for o in moves if "tensor<" in o]
+    assert len(arrays) > 10
+    tile = (32, 128)
+    whole = len(shape) > 1 and all(n % t == 0 for n, t in zip(shape[-2:], tile, strict=True))
+    for move in arrays:
+        segments = move.split("tensor<")
+        assert whole or "xi1>" in move, segments
+
+
+def test_export_for_cpu_cuda_and_tpu():
+    """Which form runs is chosen where it is lowered."""
+    arguments, tree = jax.tree.flatten(small())
+    described = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arguments]
+    step = jax.jit(
+        lambda *leaves: jax.tree.leaves(adam_jax.fused_step(TX)(*jax.tree.unflatten(tree, leaves)))
+    )
+    # JAX warrants that an old export of Mosaic's kernels runs, but not yet of Triton's.
+    checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    exported = export.export(step, platforms=["cpu", "cuda", "tpu"], disabled_checks=checks)(*described)
+    text = exported.mlir_module()
+    assert "triton" in text
+    assert "tpu_custom_call" in text
+    restored = export.deserialize(exported.serialize())
+    chex.assert_trees_all_equal(restored.call(*arguments), step(*arguments))
+
+
+# --- On several devices ---------------------------------------------------------------------------
+
+
+def placed(tree, mesh, spec):
+    def put(x):
+        return jax.device_put(x, NamedSharding(mesh, spec if jnp.ndim(x) > 1 else P()))
+
+    return jax.tree.map(put, tree)
+
+
+SHARDED = {"kernel": (512, 96), "bias": (24,)}
+
+
+def sharded_arguments():
+    params = random_tree(SHARDED, "bfloat16", np.random.default_rng(0))
+    return params, TX.init(params), jax.tree.map(lambda p: p / 3, params)
+
+
+@pytest.fixture(scope="module")
+def due():
+    """Two steps on one device."""
+    params, state, grads = sharded_arguments()
+    step = jax.jit(plain_step(TX))
+    return jax.device_get(step(*step(params, state, grads), grads))
+
+
+COLLECTIVES = re.compile(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute)")
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec", "state_spec", "platform"),
+    [
+        (AxisType.Auto, P("x"), P("x"), "tpu"),
+        (AxisType.Auto, P(None, "x"), P(None, "x"), "cuda"),
+        (AxisType.Auto, P(), P("x"), "tpu"),  # whole parameters, a sharded state
+        (AxisType.Explicit, P("x"), P("x"), "tpu"),
+        (AxisType.Explicit, P(None, "x"), P(None, "x"), "tpu"),
+    ],
+)
+def test_eight_devices_give_the_bits_of_one(axes, spec, state_spec, platform, interpreted, due):
+    interpreted(platform)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    params, state, grads = sharded_arguments()
+    params, grads = placed((params, grads), mesh, spec)
+    state = placed(state, mesh, state_spec)
+    step = jax.jit(adam_jax.fused_step(TX))
+    with jax.set_mesh(mesh):
+        if spec == state_spec:
+            assert not COLLECTIVES.findall(step.lower(params, state, grads).compile().as_text())
+        params, state = step(*step(params, state, grads), grads)
+    chex.assert_trees_all_equal(jax.device_get((params, state)), due)
+    assert params["kernel"].sharding.spec[:2] == state_spec[:2]
+
+
+def test_inside_shard_map_a_part_is_a_leaf(interpreted):
+    interpreted("tpu")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    arguments = sharded_arguments()
+    specs = jax.tree.map(lambda x: P(None, "x") if x.ndim > 1 else P(), arguments)
+    parts = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    steps = plain_step(TX), adam_jax.fused_step(TX)
+    chex.assert_trees_all_equal(*(jax.jit(parts(step))(*arguments) for step in steps))
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+def test_what_cannot_be_partitioned_says_so(axes, interpreted):
+    """Never a silent gather."""
+    interpreted("tpu")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    params = {"kernel": jnp.ones((160, 96), jnp.bfloat16)}
+    params, grads = placed((params, params), mesh, P("x"))
+    state = placed(TX.init({"kernel": jnp.ones((160, 96), jnp.bfloat16)}), mesh, P())
+    with jax.set_mesh(mesh), pytest.raises(Exception, match=r"no multiple of 8 shards.*jax.shard_map"):
+        jax.jit(adam_jax.fused_step(TX))(params, state, grads)
+    state = placed(TX.init({"kernel": jnp.ones((512, 96), jnp.bfloat16)}), mesh, P(None, "x"))
+    params, grads = placed(({"kernel": jnp.ones((512, 96), jnp.bfloat16)},) * 2, mesh, P("x"))
+    with jax.set_mesh(mesh), pytest.raises(Exception, match=r"Shard them alike.*jax.shard_map"):
+        jax.jit(adam_jax.fused_step(TX))(params, state, grads)
