@@ -27,9 +27,9 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
     kernel of a float32 step, but not of moments in 8 or 4 bits.
 
     The chain stays the definition: `init` and the state are its own, and on a CPU, or called
-    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. Leaves that are small (under
-    4,096 elements), complex or in other dtypes than float32 and bfloat16 are computed as they are
-    without fusion.
+    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. Leaves that are small
+    (under 4,096 elements), complex or in other dtypes than float32 and bfloat16 are computed as
+    they are without fusion.
 
     Args:
       tx: a chain of stages that treat every element or block of a leaf by itself, of adam_jax,
@@ -173,7 +173,7 @@ def recompute(stage: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 # --- One equation, which is lowered to kernels or to the plain chain ------------------------------
-# jax.lax.platform_dependent would trace the kernels for every platform, and in an export for several
+# jax.lax.platform_dependent would trace the kernels of all platforms, and in an export for several
 # lower each of them for all.
 
 _fused_p = Primitive("adam_jax_fused")
@@ -217,8 +217,8 @@ def _batched(arrays, axes, *, program, needs):
 
 
 def _jvp(arrays, tangents, *, program, needs):
-    tangents = [ad.instantiate_zeros(t) for t in tangents]
-    return jax.jvp(program.plain, arrays, tangents)
+    tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
+    return jax.jvp(program.plain, tuple(arrays), tangents)
 
 
 mlir.register_lowering(_fused_p, _lowering("default"))

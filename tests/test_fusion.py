@@ -19,6 +19,7 @@ from support import TOLERANCES, matrices_only
 
 import adam_jax
 from adam_jax import fusion, storage
+from adam_jax._kernel import Leaf
 
 INT8, INT4 = storage.int8(), storage.int4()
 
@@ -38,8 +39,15 @@ def plain_step(tx):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """What is lowered for this machine's CPU runs the kernels of another platform."""
-    return lambda platform: monkeypatch.setattr(fusion, "KERNELS", {"cpu": (platform, True)})
+    """What is lowered for this machine's CPU runs the kernels of a platform, which are returned."""
+
+    def choose(platform):
+        kernels, call = [], Leaf.call
+        monkeypatch.setattr(fusion, "KERNELS", {"cpu": (platform, True)})
+        monkeypatch.setattr(Leaf, "call", lambda *args: kernels.append(args[0]) or call(*args))
+        return kernels
+
+    return choose
 
 
 each_platform = pytest.mark.parametrize("platform", ["cuda", "tpu"])
@@ -136,11 +144,11 @@ ON_A_GPU_TOO = ["adam", "radam", "adamw, 4 and 8 bits", "8 bits in bfloat16, 8 b
 )
 def test_kernels_do_what_the_chain_does(case, platform, interpreted):
     """20 steps, each from the same state, with gradients of 1e-20 to 1e15, zeros, at last inf."""
-    interpreted(platform)
+    kernels = interpreted(platform)
     tx, dtype = CASES[case]
     rng = np.random.default_rng(0)
-    # Several tiles, the last ones partial: of (512, 512) for a TPU, (32, 128) for a GPU.
-    shapes = {"matrix": (560, 530) if platform == "tpu" else (70, 150), "bias": (7,)}
+    # Several tiles, the last ones partial: of (256, 512) for a TPU, (32, 128) for a GPU.
+    shapes = {"matrix": (560, 640) if platform == "tpu" else (70, 150), "bias": (7,)}
     params = random_tree(shapes, dtype, rng)
     state = tx.init(params)
     plain, fused = (jax.jit(step) for step in (plain_step(tx), adam_jax.fused_step(tx)))
@@ -155,15 +163,17 @@ def test_kernels_do_what_the_chain_does(case, platform, interpreted):
             counts = differences(fused(params, state, grads), due)
             different, total = different + counts[0], total + counts[1]
             params, state = due
+    assert len(kernels) == 1
     assert different <= total * 1e-4  # where two results of one formula lie on two sides of a step
 
 
 @each_platform
 def test_leaves_of_any_shape(platform, interpreted):
     """Vectors, stacks, one row, short axes, dtypes: in tiles, or as they are, in one step."""
-    interpreted(platform)
+    kernels = interpreted(platform)
     tx = adam_jax.adamw(1e-2, mu_storage=INT8, nu_storage=INT4)
-    shapes = {"vector": (5000,), "stack": (2, 3, 67, 65), "row": (1, 4100), "flat": (3, 3, 2, 300)}
+    # Where XLA lays a matrix out by columns, it has no kernel on a TPU.
+    shapes = {"vector": (5000,), "stack": (2, 67, 128), "row": (1, 4100), "thin": (2, 2, 515, 10)}
     rng = np.random.default_rng(0)
     params = random_tree(shapes, "float32", rng)
     params |= random_tree({"complex": (64, 65)}, "complex64", rng)
@@ -173,6 +183,7 @@ def test_leaves_of_any_shape(platform, interpreted):
     state = tx.init(params)
     due = jax.jit(plain_step(tx))(params, state, params)
     found = jax.jit(adam_jax.fused_step(tx))(params, state, params)
+    assert len(kernels) == (4 if platform == "cuda" else 2)
     for name in ("complex", "half", "bias"):  # which have no kernel
         chex.assert_trees_all_close(found[0][name], due[0][name], rtol=1e-5)
     real = lambda tree: jax.tree.map(lambda x: jnp.stack([x.real, x.imag]), tree)  # noqa: E731
@@ -182,7 +193,7 @@ def test_leaves_of_any_shape(platform, interpreted):
 
 # --- The chain is the definition ------------------------------------------------------------------
 
-SMALL = {"kernel": (100, 70), "bias": (7,)}
+SMALL = {"kernel": (100, 128), "bias": (7,)}
 TX = optax.chain(adam_jax.adamw(1e-2, **both(INT8)), adam_jax.compensate("int8"))
 
 
@@ -210,17 +221,22 @@ def test_vmap_and_derivatives_are_those_of_the_chain():
     grads = jnp.stack([params, -params])
     chex.assert_trees_all_equal(*(jax.jit(jax.vmap(f))(*several, grads) for f in (step, plain)))
     loss = lambda f, grad: jnp.sum(f(params, tx.init(params), grad)[0] ** 2)  # noqa: E731
-    chex.assert_trees_all_equal(*(jax.jit(jax.grad(partial(loss, f)))(grads[0]) for f in (step, plain)))
+    chex.assert_trees_all_equal(
+        *(jax.jit(jax.grad(partial(loss, f)))(grads[0]) for f in (step, plain))
+    )
 
 
 @each_platform
 def test_updates_apart(platform, interpreted):
     """`fuse` within optax's wrappers, a mask and a partition, in nnx.Optimizer."""
-    interpreted(platform)
+    kernels = interpreted(platform)
     labels = lambda params: jax.tree.map(lambda p: "a" if p.ndim > 1 else "b", params)  # noqa: E731
     inner = optax.partition({"a": adam_jax.adamw(1e-2, **both(INT8)), "b": optax.sgd(0.1)}, labels)
     wrap = lambda tx: optax.apply_if_finite(  # noqa: E731
-        optax.chain(optax.clip_by_global_norm(1.0), optax.masked(tx, {"kernel": True, "bias": True})), 3
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.masked(tx, {"kernel": True, "bias": True})
+        ),
+        3,
     )
     params, _, grads = small("float32")
     tx, plain = wrap(adam_jax.fuse(inner)), wrap(inner)
@@ -229,21 +245,23 @@ def test_updates_apart(platform, interpreted):
         due = jax.jit(plain.update)(grads, state, params)
         found = jax.jit(tx.update)(grads, state, params)
     assert differences(found, due)[0] == 0
+    assert len(kernels) == 1
 
-    model = nnx.Linear(70, 64, rngs=nnx.Rngs(0))
+    model = nnx.Linear(40, 128, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, adam_jax.fuse(adam_jax.adam(1e-2)), wrt=nnx.Param)
 
     @nnx.jit
     def train_step(model, optimizer):
-        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 70)))))(model))
+        optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones((1, 40)))))(model))
 
     before = jnp.asarray(model.kernel[...])
     train_step(model, optimizer)
     np.testing.assert_allclose(model.kernel[...], before - 1e-2, rtol=1e-5, atol=1e-7)
+    assert len(kernels) == 2
 
 
 def test_what_a_step_closes_over_and_further_arguments(interpreted):
-    interpreted("tpu")
+    kernels = interpreted("cuda")
     params = jnp.ones((64, 64))
 
     def scale(rate):
@@ -259,6 +277,7 @@ def test_what_a_step_closes_over_and_further_arguments(interpreted):
         return new(params, optax.EmptyState(), params, factor=factor, kind="static")[0]
 
     chex.assert_trees_all_close(step(params, jnp.float32(0.5), jnp.float32(0.5)), 0.75 * params)
+    assert kernels
 
 
 # --- What is not local ----------------------------------------------------------------------------
@@ -288,10 +307,10 @@ def test_what_is_not_local_is_refused_by_name(stage):
 
 
 def test_leaves_of_which_one_needs_the_other_are_refused():
-    swapped = optax.stateless(lambda updates, params: {"a": updates["b"], "b": updates["a"]})
+    mixed = optax.stateless(lambda updates, params: updates | {"a": updates["a"] + updates["b"]})
     params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 64))}
-    tx = optax.chain(swapped, optax.scale(-1.0))
-    with pytest.raises(ValueError, match="several leaves"):
+    tx = optax.chain(mixed, optax.scale(-1.0))
+    with pytest.raises(ValueError, match="between several leaves"):
         jax.jit(adam_jax.fused_step(tx))(params, tx.init(params), params)
 
 
@@ -304,8 +323,8 @@ def lowered(platform, tx, shape, dtype="float32"):
     return traced.lower(lowering_platforms=(platform,))
 
 
-def triton_operations(module):
-    """All operations of the Triton kernels of a StableHLO module."""
+def triton_moves(module):
+    """The operands of all loads and stores of arrays in a module's Triton kernels."""
     kernels = []
 
     def look(operation):
@@ -315,27 +334,28 @@ def triton_operations(module):
 
     module.operation.walk(look)
     found = []
+
+    def move(operation):
+        if operation.name in ("tt.load", "tt.store"):
+            operands = [str(operand.type) for operand in operation.operands]
+            found.extend([operands] if "tensor" in operands[0] else [])  # the others are scalars
+        return ir.WalkResult.ADVANCE
+
     with ir.Context() as context:
         triton.register_dialect(context)
         for kernel in kernels:
-            ir.Module.parse(kernel).operation.walk(
-                lambda operation: found.append(str(operation)) or ir.WalkResult.ADVANCE
-            )
+            ir.Module.parse(kernel).operation.walk(move)
     return found
 
 
-@pytest.mark.parametrize("shape", [(100, 200), (64, 256), (5, 33, 256), (5000,)])
+@pytest.mark.parametrize("shape", [(100, 200), (64, 256), (5, 33, 200), (5000,)])
 def test_no_tile_reads_or_writes_beyond_its_leaf(shape):
     """Triton masks nothing by itself: read from the kernel as it is handed to its compiler."""
-    operations = triton_operations(lowered("cuda", TX, shape, "bfloat16").compiler_ir())
-    moves = [o for o in operations if re.match(r"(%\S+ = )?\"?tt\.(load|store)", o)]
-    arrays = [o for o in moves if "tensor<" in o]
-    assert len(arrays) > 10
-    tile = (32, 128)
-    whole = len(shape) > 1 and all(n % t == 0 for n, t in zip(shape[-2:], tile, strict=True))
-    for move in arrays:
-        segments = move.split("tensor<")
-        assert whole or "xi1>" in move, segments
+    moves = triton_moves(lowered("cuda", TX, shape, "bfloat16").compiler_ir())
+    assert len(moves) >= 13  # parameter, gradient, residual, and two of each moment
+    whole = len(shape) > 1 and shape[-2] % 32 == shape[-1] % 128 == 0
+    for operands in moves:
+        assert whole or "i1>" in operands[-1] or "i1>" in operands[1]
 
 
 def test_export_for_cpu_cuda_and_tpu():
@@ -347,7 +367,9 @@ def test_export_for_cpu_cuda_and_tpu():
     )
     # JAX warrants that an old export of Mosaic's kernels runs, but not yet of Triton's.
     checks = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
-    exported = export.export(step, platforms=["cpu", "cuda", "tpu"], disabled_checks=checks)(*described)
+    exported = export.export(step, platforms=["cpu", "cuda", "tpu"], disabled_checks=checks)(
+        *described
+    )
     text = exported.mlir_module()
     assert "triton" in text
     assert "tpu_custom_call" in text
@@ -365,7 +387,7 @@ def placed(tree, mesh, spec):
     return jax.tree.map(put, tree)
 
 
-SHARDED = {"kernel": (512, 96), "bias": (24,)}
+SHARDED = {"kernel": (512, 256), "bias": (24,)}
 
 
 def sharded_arguments():
@@ -395,7 +417,7 @@ COLLECTIVES = re.compile(r"= \S+ (all-gather|all-reduce|all-to-all|collective-pe
     ],
 )
 def test_eight_devices_give_the_bits_of_one(axes, spec, state_spec, platform, interpreted, due):
-    interpreted(platform)
+    kernels = interpreted(platform)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
     params, state, grads = sharded_arguments()
     params, grads = placed((params, grads), mesh, spec)
@@ -406,30 +428,39 @@ def test_eight_devices_give_the_bits_of_one(axes, spec, state_spec, platform, in
             assert not COLLECTIVES.findall(step.lower(params, state, grads).compile().as_text())
         params, state = step(*step(params, state, grads), grads)
     chex.assert_trees_all_equal(jax.device_get((params, state)), due)
-    assert params["kernel"].sharding.spec[:2] == state_spec[:2]
+    assert params["kernel"].sharding.is_equivalent_to(NamedSharding(mesh, state_spec), 2)
+    assert kernels
 
 
 def test_inside_shard_map_a_part_is_a_leaf(interpreted):
-    interpreted("tpu")
+    kernels = interpreted("tpu")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     arguments = sharded_arguments()
-    specs = jax.tree.map(lambda x: P(None, "x") if x.ndim > 1 else P(), arguments)
-    parts = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[:2])
+    specs = jax.tree.map(lambda x: P("x") if x.ndim > 1 else P(), arguments)
+    # Pallas's interpreter does not tell what varies.
+    parts = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
     steps = plain_step(TX), adam_jax.fused_step(TX)
     chex.assert_trees_all_equal(*(jax.jit(parts(step))(*arguments) for step in steps))
+    assert kernels
 
 
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
-def test_what_cannot_be_partitioned_says_so(axes, interpreted):
+def test_shards_of_partial_blocks_are_refused(axes, interpreted):
     """Never a silent gather."""
     interpreted("tpu")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
-    params = {"kernel": jnp.ones((160, 96), jnp.bfloat16)}
-    params, grads = placed((params, params), mesh, P("x"))
-    state = placed(TX.init({"kernel": jnp.ones((160, 96), jnp.bfloat16)}), mesh, P())
-    with jax.set_mesh(mesh), pytest.raises(Exception, match=r"no multiple of 8 shards.*jax.shard_map"):
-        jax.jit(adam_jax.fused_step(TX))(params, state, grads)
-    state = placed(TX.init({"kernel": jnp.ones((512, 96), jnp.bfloat16)}), mesh, P(None, "x"))
-    params, grads = placed(({"kernel": jnp.ones((512, 96), jnp.bfloat16)},) * 2, mesh, P("x"))
-    with jax.set_mesh(mesh), pytest.raises(Exception, match=r"Shard them alike.*jax.shard_map"):
+    params = {"kernel": jnp.ones((160, 256), jnp.bfloat16)}
+    state = placed(TX.init(params), mesh, P())
+    params = placed(params, mesh, P("x"))
+    with jax.set_mesh(mesh), pytest.raises(Exception, match=r"8 shards of blocks(.|\n)*shard_map"):
+        jax.jit(adam_jax.fused_step(TX))(params, state, params)
+
+
+def test_a_state_that_is_sharded_otherwise_is_refused(interpreted):
+    interpreted("tpu")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    params, state, grads = sharded_arguments()
+    params, grads = placed((params, grads), mesh, P("x"))
+    state = placed(state, mesh, P(None, "x"))
+    with jax.set_mesh(mesh), pytest.raises(Exception, match=r"Shard them alike(.|\n)*shard_map"):
         jax.jit(adam_jax.fused_step(TX))(params, state, grads)
