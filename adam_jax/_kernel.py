@@ -1,247 +1,27 @@
-"""A chain as kernels, one for each large leaf. No kernel is written for any optimizer.
+"""The kernel of a large leaf: the equations of its chain, on a tile.
 
-A local chain treats every element of a leaf, or every block of elements, by itself. So the
-equations that JAX traces on whole leaves hold for a tile of a leaf too, and they are the body of
-a Pallas kernel. `Program` sorts the equations of a step:
-
-    between scalars, and of small leaves     XLA computes them, outside of the kernels
-    between the arrays of one large leaf     the kernel of this leaf
-    anything else                            is not local: refused, with the name of its stage
+They are elementwise but for a few of this package's own, which depend on where a tile lies
+(`own_equation`): those `Place` computes in a way of its own. The grid of the kernel has a place for
+every tile; equations between scalars were computed before and are handed in.
 """
 
 import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
-from adam_jax._tree import OWN
+from adam_jax._equations import TYPES, Equation, Value
 
 LARGE = 4096  # elements; for less a kernel of its own is not worth its start
-
-# Equations that make an element of the result of the elements in the same place.
-ELEMENTWISE = set(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil
-    clamp convert_element_type copy cos cosh div eq erf erf_inv exp exp2 expm1 floor ge gt
-    integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
-)
-CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
-         "custom_vjp_call_jaxpr", "checkpoint"}  # fmt: skip
-TYPES = {"pvary", "pcast"}  # equations of types alone: what varies within jax.shard_map
 BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas
 DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
-
-
-class Value:
-    """An array of a step, before it is computed."""
-
-    def __init__(self, aval: Any):
-        self.shape, self.dtype, self.aval = aval.shape, aval.dtype, aval
-
-
-class Equation(NamedTuple):
-    """An equation of a step."""
-
-    primitive: Any
-    params: dict[str, Any]
-    inputs: list[Any]  # values or constants
-    outputs: list[Value]
-    traces: tuple  # where it was written, then the calls around it
-
-    @property
-    def own(self) -> list[str]:
-        """The name and the integers of an `own_equation`."""
-        name = str(self.params.get("name", ""))
-        return name.removeprefix(OWN).split() if name.startswith(OWN) else []
-
-    @property
-    def elementwise(self) -> bool:
-        return self.primitive.name in ELEMENTWISE | TYPES
-
-    @property
-    def grained(self) -> tuple[Value, int] | None:
-        """The operand or result that has one element for several of the leaf, and for how many."""
-        if not self.own or self.own[0] == "positions":
-            return None
-        name, _, number, *_ = self.own
-        value = self.outputs[0] if name in ("largest", "packed") else self.inputs[0]
-        return value, int(number) if name in ("largest", "spread") else 8 // int(number)
-
-    def refuse(self) -> None:
-        stage = _stage(self.traces)
-        raise ValueError(
-            f"adam_jax fuses chains that treat every element or block of a large leaf by itself, "
-            f"and {stage} does not: it has the equation {self.primitive.name!r}. Chain it outside "
-            f"of what is fused: optax.chain({stage}(...), adam_jax.fuse(...))."
-        )
-
-
-def _stage(traces: Sequence[Any]) -> str:
-    """The stage that an equation is of: the innermost function made by one, but for our helpers."""
-    helpers = (
-        "/jax/",
-        "/optax/tree_utils/",
-        "/_tree.py",
-        "/_slot.py",
-        "/_blocks.py",
-        "/signal.py",
-        "/combine.py",
-    )
-    for trace in traces:
-        for frame in trace.frames if trace else ():
-            path = frame.file_name.replace("\\", "/")
-            name, *inside = frame.function_name.split(".<locals>")
-            if inside and not any(helper in path for helper in helpers):
-                return name
-    return "a stage"
-
-
-def _inlined(
-    closed: Any, inputs: Sequence[Any], traces: tuple = ()
-) -> tuple[list[Equation], list[Any]]:
-    """The equations of a jaxpr and of all that it calls, and its results."""
-    jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-    env = dict(zip((*jaxpr.invars, *jaxpr.constvars), (*inputs, *consts), strict=True))
-    equations: list[Equation] = []
-
-    def read(atom):
-        return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        operands = [read(atom) for atom in eqn.invars]
-        results: list[Any] = [Value(var.aval) for var in eqn.outvars]
-        around = (eqn.source_info.traceback, *traces)
-        equation = Equation(eqn.primitive, eqn.params, operands, results, around)
-        if eqn.primitive.name in CALLS and not equation.own:
-            called = next(
-                eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
-            )
-            inside, results = _inlined(called, operands, around)
-            equations += inside
-        else:
-            equations.append(equation)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return equations, [read(atom) for atom in jaxpr.outvars]
-
-
-class Joined:
-    """Which values were joined to one another, directly or by way of others."""
-
-    def __init__(self) -> None:
-        self.parent: dict[Value, Value] = {}
-
-    def root(self, value: Value) -> Value:
-        while value in self.parent:
-            value = self.parent[value]
-        return value
-
-    def join(self, values: Iterable[Value]) -> None:
-        roots = list(dict.fromkeys(map(self.root, values)))
-        self.parent.update((root, roots[0]) for root in roots[1:])
-
-
-class Program:
-    """A step, sorted.
-
-    Args:
-      jaxpr: the step, traced on whole leaves; its inputs here are its arguments, then what it
-        closes over.
-      leaves: which of its arguments are the leaves, one of each: the gradients.
-    """
-
-    def __init__(self, jaxpr: Jaxpr, leaves: Sequence[int]):
-        self.jaxpr = jaxpr
-        self.inputs = [Value(var.aval) for var in (*jaxpr.invars, *jaxpr.constvars)]
-        equations, self.outputs = _inlined(jaxpr, self.inputs)
-        needed = {v for v in self.outputs if isinstance(v, Value)}
-        self.equations: list[Equation] = []
-        for equation in reversed(equations):
-            if not needed.isdisjoint(equation.outputs):
-                needed.update(v for v in equation.inputs if isinstance(v, Value))
-                self.equations.append(equation)
-        self.equations.reverse()
-        # An array made of scalars alone has equal elements: one of them stands for it.
-        self.uniform = {v for v in self.inputs if not v.shape}
-        self.leaf, self.alike = Joined(), Joined()
-        for equation in self.equations:
-            spreads = equation.elementwise or equation.primitive.name == "broadcast_in_dim"
-            made_of_scalars = spreads and all(map(self.is_uniform, equation.inputs))
-            self.uniform.update(v for v in equation.outputs if made_of_scalars or not v.shape)
-            self.leaf.join(self.arrays(equation))
-            if equation.elementwise:
-                self.alike.join(self.arrays(equation))
-        bodies: dict[Value, list[Equation]] = {}
-        for equation in self.equations:
-            for value in self.arrays(equation)[:1]:
-                bodies.setdefault(self.leaf.root(value), []).append(equation)
-        self.leaves: dict[Value, Leaf] = {}
-        for value in (self.inputs[number] for number in leaves):
-            root = self.leaf.root(value)
-            body = bodies.get(root, [])
-            dtypes = {str(v.dtype) for equation in body for v in self.arrays(equation)}
-            if body and math.prod(value.shape) >= LARGE and dtypes <= DTYPES:
-                if root in self.leaves:
-                    raise ValueError(
-                        "adam_jax fuses chains that treat every leaf by itself, and this one has "
-                        "equations between several leaves. Chain those outside of what is fused."
-                    )
-                self.leaves[root] = Leaf(self, value, body)
-
-    def is_uniform(self, value: Any) -> bool:
-        return value in self.uniform if isinstance(value, Value) else np.ndim(value) == 0
-
-    def arrays(self, equation: Equation) -> list[Value]:
-        """What an equation has of leaves."""
-        both = (*equation.inputs, *equation.outputs)
-        return [v for v in both if isinstance(v, Value) and v not in self.uniform]
-
-    def plain(self, *arguments: Any) -> list[Any]:
-        """The results of the step, without kernels."""
-        number = len(self.jaxpr.invars)
-        closed = ClosedJaxpr(self.jaxpr, arguments[number:])
-        return jaxpr_as_fun(closed)(*arguments[:number])
-
-    def run(self, platform: str, call: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-        """Its results, where `call(leaf, tile, scalars, arrays)` calls the kernel of a leaf."""
-        tiles = {leaf: leaf.tile(platform) for leaf in self.leaves.values()}
-        kernels = {leaf: tile for leaf, tile in tiles.items() if tile}
-        inside = {id(equation) for leaf in kernels for equation in leaf.body}
-        known = dict(zip(self.inputs, arguments, strict=True))
-        one = {v: x for v, x in known.items() if v in self.uniform}  # element of a uniform array
-
-        def compute(equation, known):
-            operands = [known[v] if isinstance(v, Value) else v for v in equation.inputs]
-            results = equation.primitive.bind(*operands, **equation.params)
-            several = equation.primitive.multiple_results
-            known.update(zip(equation.outputs, results if several else [results], strict=True))
-
-        for equation in self.equations:
-            if id(equation) in inside:
-                continue
-            compute(equation, known)
-            if not self.uniform.issuperset(equation.outputs):
-                continue
-            if all(v.shape == () for v in equation.outputs):
-                one.update((v, known[v]) for v in equation.outputs)
-            elif equation.elementwise and equation.primitive.name not in TYPES:
-                compute(equation, one)
-            else:
-                (value,) = equation.inputs
-                one[equation.outputs[0]] = one[value] if isinstance(value, Value) else value
-        for leaf, tile in kernels.items():
-            scalars = [one[value] for value in leaf.scalars]
-            results = call(leaf, tile, scalars, [known[value] for value in leaf.reads])
-            known.update(zip(leaf.writes, results, strict=True))
-        return [known[v] if isinstance(v, Value) else v for v in self.outputs]
 
 
 class Leaf:
@@ -251,7 +31,7 @@ class Leaf:
     the axis of the blocks: the scales of blocks, codes packed into bytes.
     """
 
-    def __init__(self, program: Program, value: Value, body: list[Equation]):
+    def __init__(self, program: Any, value: Value, body: list[Equation]):
         self.program, self.gradient, self.shape, self.body = program, value, value.shape, body
         self.axis = max(len(value.shape) - 2, 0)
         self.grains: dict[Value, int] = {}
@@ -302,7 +82,8 @@ class Leaf:
             )
             if by_rows > by_columns or math.prod(lengths[-2:]) < LARGE:
                 return None
-            width, height = min(columns, 512), max(256, 8 * grain)
+            height = max(256, 8 * grain)
+            width = min(columns, max(128, 2**16 // height))  # Mosaic unrolls a tile
         return (*(1 for _ in self.shape[:-2]), height, width)
 
     def call(
@@ -340,7 +121,7 @@ class Leaf:
             mask = place.inside if platform == "cuda" else lambda value: None
             known: dict[Value, Any] = {}
             for value, ref in zip(self.scalars, refs, strict=False):
-                known[value] = ref[0] != 0 if value.dtype == bool else ref[0]
+                known[value] = ref[0]
             refs = refs[len(operands) :]
             for value, ref in zip(self.reads, refs, strict=False):
                 zero = jnp.zeros((), value.dtype)
@@ -356,7 +137,10 @@ class Leaf:
                 if equation.own:
                     known[result] = getattr(place, equation.own[0])(*values, shape)
                 else:
-                    values = [x if np.ndim(x) else _full(x, shape) for x in values]
+                    values = [
+                        x if np.ndim(x) else _full(x, value, shape)
+                        for x, value in zip(values, equation.inputs, strict=True)
+                    ]
                     known[result] = _elementwise(equation, values)
             for value, ref in zip(self.writes, refs[len(self.reads) :], strict=True):
                 if mask(value) is None:
@@ -484,10 +268,11 @@ def _elementwise(equation: Equation, values: list[Any]) -> Any:
     return equation.primitive.bind(*values, **equation.params)
 
 
-def _full(x: Any, shape: tuple[int, ...]) -> Any:
-    if x.dtype == bool:  # Mosaic spreads no truth values
-        return jnp.full(shape, jnp.where(x, 1, 0)) != 0
-    return jnp.full(shape, x)
+def _full(x: Any, value: Any, shape: tuple[int, ...]) -> Any:
+    """An array of equal elements; a truth value is given as a number, since Mosaic spreads none."""
+    if value.dtype == bool:
+        return jnp.full(shape, x, jnp.int32) != 0
+    return jnp.full(shape, x, value.dtype)
 
 
 def _power_of_two(n: int) -> int:

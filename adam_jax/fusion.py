@@ -12,7 +12,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from adam_jax import _partition
-from adam_jax._kernel import Program
+from adam_jax._program import Program
 from adam_jax._tree import traced_once
 
 # Where a step is lowered to kernels: for which backend of Pallas, and whether interpreted.

@@ -18,8 +18,11 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import adam_jax
+from adam_jax import storage
 
 if reason := accelerators.missing():
     # Nothing is collected then, and a run of this file alone ends with exit code 5: CI cannot pass.
@@ -340,6 +343,74 @@ def test_what_lies_on_the_chip_is_not_moved():
     assert accelerators.work(Compiled(MODULE)) == (3, copied + cut + scalar + summed)
     with pytest.raises(ValueError, match="inside a while would not be counted"):
         accelerators.work(Compiled(MODULE.replace("negate", "while")))
+
+
+# --- Fused steps ----------------------------------------------------------------------------------
+
+TREE = [(4096, 4096), (50257, 768), (3, 3, 256, 256), (12, 768, 3072), (4096,)]
+EIGHT, FOUR = ({"mu_storage": s, "nu_storage": s} for s in (storage.int8(), storage.int4()))
+ROUNDED = adam_jax.round_stochastically()
+FUSED = {
+    "adam": (adam_jax.adam(SCHEDULE), "float32", 28),
+    "adamw": (adam_jax.adamw(SCHEDULE), "float32", 28),
+    "nadam": (adam_jax.nadam(SCHEDULE), "float32", 28),
+    "radam": (adam_jax.radam(SCHEDULE), "float32", 28),
+    "amsgrad": (adam_jax.amsgrad(SCHEDULE), "float32", 36),
+    "lion": (adam_jax.lion(SCHEDULE), "float32", 20),
+    "8-bit adamw": (adam_jax.adamw(SCHEDULE, **EIGHT), "float32", 16.25),
+    "4-bit adamw": (adam_jax.adamw(SCHEDULE, **FOUR), "float32", 14.13),
+    "rounded": (optax.chain(adam_jax.adamw(SCHEDULE), ROUNDED), "bfloat16", 22),
+    "8-bit, compensated": (
+        optax.chain(adam_jax.adamw(SCHEDULE, **EIGHT), adam_jax.compensate("int8")),
+        "bfloat16",
+        12.25,
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_step_moves_what_it_must(device, name):
+    """In one kernel a leaf, in place, with nothing in between written out."""
+    tx, dtype, least = FUSED[name]
+    params = [jax.ShapeDtypeStruct(shape, dtype) for shape in TREE]
+    with jax.numpy_dtype_promotion("standard"):  # as in optax's schedule
+        module = accelerators.compiled_for(device, *accelerators.fused(tx), params)
+    size = sum(param.size for param in params)
+    limit = accelerators.limit(tx.init, params)
+    assert limit == pytest.approx(least, abs=0.01)
+    _, moved = accelerators.work(module)
+    assert limit <= moved / size < 1.05 * limit
+    memory = module.memory_analysis()
+    assert memory.temp_size_in_bytes < 0.1 * max(param.size for param in params)
+    written = (limit - np.dtype(dtype).itemsize) / 2 * size  # all but the gradients, which are read
+    assert memory.alias_size_in_bytes > 0.999 * written
+
+
+@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["rows", "columns"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_fused_step_of_shards_moves_nothing_between_devices(device, spec, axes):
+    tx = FUSED["8-bit, compensated"][0]
+    mesh = Mesh(np.array(accelerators.four(device)), ("x",), axis_types=(axes,))
+    params = [jax.ShapeDtypeStruct((4096, 4096), "bfloat16")]
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim > 1 else P())
+        ),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+    step = jax.jit(adam_jax.fused_step(tx), donate_argnums=(0, 1))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.numpy_dtype_promotion("standard"):
+        if (device, axes) == ("v5e", AxisType.Auto):  # XLA for TPUs has no partitioner of kernels
+            with pytest.raises(ValueError, match="jax.shard_map, or use a mesh with explicit axes"):
+                step.lower(*arguments)
+            return
+        platform = "cuda" if device == "h100" else "tpu"  # which a mesh alone does not tell
+        lowered = step.trace(*arguments).lower(lowering_platforms=(platform,))
+    text = lowered.compile().as_text()
+    assert not re.search(r"= \S+ (all-gather|all-reduce|all-to-all|collective-permute)", text)
+    assert len(re.findall(r"custom-call\(.*(tpu_custom_call|triton)", text)) == 1
 
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):

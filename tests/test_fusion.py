@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import chains
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 from jax import export
 from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P  # noqa: N817
+from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
 from support import TOLERANCES, matrices_only
@@ -79,13 +80,9 @@ def differences(actual, expected):
 
 # --- Every member, storage and rounding -----------------------------------------------------------
 
+NOT_LOCAL_MEMBERS = {"lamb", "cautious_adamw"}
 MEMBERS = {
-    name: getattr(adam_jax, name)
-    for name in (
-        "sgd momentum nesterov_momentum adagrad rmsprop adam adamw nadam nadamw amsgrad radam "
-        "adabelief adamax adamaxw yogi adam_atan2 laprop adopt ademamix lion"
-    ).split()
-} | {
+    **{name: make for name, make in chains.members().items() if name not in NOT_LOCAL_MEMBERS},
     "rmsprop, centered": partial(adam_jax.rmsprop, centered=True, momentum=0.9),
     "adam, schedules": lambda rate: adam_jax.adam(
         optax.linear_schedule(rate, 0.0, 30), b1=lambda count: 0.9 - 0.1 / (count + 1.0)

@@ -105,6 +105,15 @@ def device(target: str) -> Any:
     return topologies.get_topology_desc(TPUS[target], "tpu").devices[0]
 
 
+def four(target: str) -> list[Any]:
+    """Four devices that lie beside one another."""
+    device(target)  # which sets what libtpu must know
+    if target == "h100":
+        gpus = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x4x1")
+        return gpus.devices
+    return topologies.get_topology_desc(TPUS[target], "tpu").devices[:4]
+
+
 def compiled_for(target: str, init: Callable, step: Callable, params: Any) -> Any:
     """`step(params, state, grads) -> (params, state)`, with the first two donated."""
     there = jax.sharding.SingleDeviceSharding(device(target))
@@ -226,6 +235,10 @@ def plain(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
     return tx.init, step
 
 
+def fused(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
+    return tx.init, adam_jax.fused_step(tx)
+
+
 class Choice(NamedTuple):
     weights: str  # their dtype
     optimizer: Callable[[], Any]
@@ -255,6 +268,14 @@ CHOICES = {
     ),
     "8-bit adamw, compensate int8": Choice(
         "bfloat16", lambda: optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8"))
+    ),
+    "adam, fused": Choice("float32", lambda: adam_jax.adam(1e-3), fused),
+    "8-bit adamw, fused": Choice("float32", lambda: in_codes(storage.int8()), fused),
+    "4-bit adamw, fused": Choice("float32", lambda: in_codes(storage.int4()), fused),
+    "8-bit adamw, compensate int8, fused": Choice(
+        "bfloat16",
+        lambda: optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8")),
+        fused,
     ),
     FLASHOPTIM: Choice("bfloat16", flashoptim, lambda tx: (tx.init, tx.step)),
 }
