@@ -27,9 +27,14 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
     kernel of a float32 step, but not of moments in 8 or 4 bits.
 
     The chain stays the definition: `init` and the state are its own, and on a CPU, or called
-    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. Leaves that are small
-    (under 4,096 elements), complex or in other dtypes than float32 and bfloat16 are computed as
-    they are without fusion.
+    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. So are the leaves without
+    a kernel: small ones (under 4,096 elements), those in other dtypes than float32 and bfloat16 or
+    in blocks of a length that is no power of two, and on a TPU vectors and matrices that XLA lays
+    out by columns there (such as 768 × 1000, whose rows would not fill its tiles).
+
+    Sharded leaves: inside `jax.shard_map`, on meshes with explicit axes, and on GPUs also on those
+    with automatic axes, every device runs the kernels of its part. What cannot be cut so is an
+    error, never gathered.
 
     Args:
       tx: a chain of stages that treat every element or block of a leaf by itself, of adam_jax,
