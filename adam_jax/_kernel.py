@@ -10,6 +10,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,43 +22,41 @@ from adam_jax._equations import TYPES, Equation, Value
 
 LARGE = 4096  # elements; for less a kernel of its own is not worth its start
 BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas
-DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 
 
+@dataclass(frozen=True, eq=False)
 class Leaf:
-    """A large leaf: its equations, its arrays, and its kernel.
+    """A large leaf and its kernel.
 
-    An array of the leaf has one element for each of the leaf's, or one for `grain` of them along
-    the axis of the blocks: the scales of blocks, codes packed into bytes.
+    Attributes:
+      shape: the shape of the leaf.
+      gradient: its gradient.
+      body: its equations.
+      scalars: what they need of scalars; an array of equal elements is one, too.
+      reads: the arrays that they need.
+      writes: the arrays that they make.
+      replaces: what is read, for what is written in its place.
+      grains: for arrays that have one element for several along the axis of the blocks (the scales
+        of blocks, codes packed into bytes), for how many.
     """
 
-    def __init__(self, program: Any, value: Value, body: list[Equation]):
-        self.program, self.gradient, self.shape, self.body = program, value, value.shape, body
-        self.axis = max(len(value.shape) - 2, 0)
-        self.grains: dict[Value, int] = {}
-        for equation in body:
-            if not equation.elementwise and not equation.own:
-                equation.refuse()
-            if equation.grained:
-                grained, grain = equation.grained
-                if self.grains.setdefault(program.alike.root(grained), grain) != grain:
-                    equation.refuse()
-        made = {v for equation in body for v in equation.outputs}
-        used = {v: None for e in body for v in e.inputs if isinstance(v, Value) and v not in made}
-        self.scalars = [v for v in used if v in program.uniform]
-        self.reads = [v for v in used if v not in program.uniform]
-        self.writes = [v for v in dict.fromkeys(program.outputs) if v in made]
-        for equation in body:
-            for v in program.arrays(equation):
-                if v.shape != self.cut(v, self.shape) or any(map(np.ndim, equation.inputs)):
-                    equation.refuse()
+    shape: tuple[int, ...]
+    gradient: Value
+    body: list[Equation]
+    scalars: list[Value]
+    reads: list[Value]
+    writes: list[Value]
+    replaces: dict[Value, Value]
+    grains: dict[Value, int]
 
-    def grain(self, value: Value) -> int:
-        return self.grains.get(self.program.alike.root(value), 1)
+    @property
+    def axis(self) -> int:
+        """The axis of the blocks."""
+        return max(len(self.shape) - 2, 0)
 
     def cut(self, value: Value, lengths: Sequence[int]) -> tuple[int, ...]:
         """The shape of a value where the leaf has this shape."""
-        grain = self.grain(value)
+        grain = self.grains.get(value, 1)
         return tuple(-(-n // grain) if a == self.axis else n for a, n in enumerate(lengths))
 
     def tile(self, platform: str, lengths: Sequence[int] = ()) -> tuple[int, ...] | None:
@@ -86,15 +85,7 @@ class Leaf:
             width = min(columns, max(128, 2**16 // height))  # Mosaic unrolls a tile
         return (*(1 for _ in self.shape[:-2]), height, width)
 
-    def call(
-        self,
-        tile: tuple[int, ...],
-        platform: str,
-        interpret: bool,
-        scalars: Sequence[Any],
-        arrays: Sequence[Any],
-        corner: Any = None,
-    ) -> tuple[Any, ...]:
+    def call(self, tile, platform, interpret, scalars, arrays, corner=None) -> tuple[Any, ...]:
         """What the kernel makes of the arrays of the leaf, or of a shard that lies at `corner`."""
         backend = importlib.import_module(f"jax.experimental.pallas.{BACKENDS[platform]}")
         operands = [
@@ -116,20 +107,23 @@ class Leaf:
             return pl.BlockSpec((*squeezed, *shape[-2:]), lambda *place: place)
 
         def kernel(*refs):
-            place = Place(self, lengths, tile, refs[len(scalars)] if corner is not None else None)
-            # Triton reads and writes beyond the leaf if it is not told where the leaf ends.
-            mask = place.inside if platform == "cuda" else lambda value: None
+            place = Place(
+                leaf=self,
+                lengths=lengths,
+                tile=tile,
+                corner=None if corner is None else refs[len(scalars)],
+                masked=platform == "cuda",
+            )
             known: dict[Value, Any] = {}
             for value, ref in zip(self.scalars, refs, strict=False):
                 known[value] = ref[0]
             refs = refs[len(operands) :]
             for value, ref in zip(self.reads, refs, strict=False):
-                zero = jnp.zeros((), value.dtype)
-                known[value] = (
-                    ref[...]
-                    if mask(value) is None
-                    else backend.load(ref, mask=mask(value), other=zero)
-                )
+                if (mask := place.inside(value)) is None:
+                    known[value] = ref[...]
+                else:
+                    zero = jnp.zeros((), value.dtype)
+                    known[value] = backend.load(ref, mask=mask, other=zero)
             for equation in self.body:
                 values = [known[v] if isinstance(v, Value) else v for v in equation.inputs]
                 (result,) = equation.outputs
@@ -143,17 +137,17 @@ class Leaf:
                     ]
                     known[result] = _elementwise(equation, values)
             for value, ref in zip(self.writes, refs[len(self.reads) :], strict=True):
-                if mask(value) is None:
+                if (mask := place.inside(value)) is None:
                     ref[...] = known[value]
                 else:
-                    backend.store(ref, known[value], mask=mask(value))
+                    backend.store(ref, known[value], mask=mask)
 
-        aliases = {}
-        for number_of_output, value in enumerate(self.writes):
-            # The results of a step replace its first inputs, one by one.
-            old = self.program.inputs[self.program.outputs.index(value)]
-            if old in self.reads and (old.shape, old.dtype) == (value.shape, value.dtype):
-                aliases[len(operands) + self.reads.index(old)] = number_of_output
+        places = {old: len(operands) + n for n, old in enumerate(self.reads)}
+        aliases = {
+            places[self.replaces[new]]: n
+            for n, new in enumerate(self.writes)
+            if new in self.replaces
+        }
         varying = {
             key: getattr(jax.typeof(arrays[0]), key)
             for key in ("vma", "manual_axis_type")  # of jax 0.7 and of jax 0.10
@@ -182,13 +176,18 @@ class Place:
     Arrays have the last two axes of the tile, or its only one.
     """
 
-    def __init__(self, leaf: Leaf, lengths: Sequence[int], tile: Sequence[int], corner: Any):
+    def __init__(self, leaf: Leaf, lengths: Any, tile: Any, corner: Any, masked: bool):
         self.leaf, self.lengths, self.tile, self.corner = leaf, lengths, tile, corner
-        self.number = [pl.program_id(a) for a in range(len(tile))]
+        self.number, self.masked = [pl.program_id(a) for a in range(len(tile))], masked
         self.axis = leaf.axis - max(len(tile) - 2, 0)
 
     def inside(self, value: Value) -> Any:
-        """Which elements of an array lie in the leaf, None for all."""
+        """Which elements of an array to load and store, None for all.
+
+        Mosaic masks by itself; Triton reads and writes beyond the leaf if it is not told its end.
+        """
+        if not self.masked:
+            return None
         shape, lengths = (self.leaf.cut(value, of) for of in (self.tile, self.lengths))
         shape, lengths, number = shape[-2:], lengths[-2:], self.number[-2:]
         masks = [

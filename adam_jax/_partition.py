@@ -111,7 +111,7 @@ def _rule(leaf: Leaf, number: int) -> str:
 
     def axes(value):
         names = [f"a{a}" for a in range(len(leaf.shape))]
-        names[leaf.axis] += f"b{leaf.grain(value)}"
+        names[leaf.axis] += f"b{leaf.grains.get(value, 1)}"
         return " ".join(names)
 
     operands = [""] * number + [axes(value) for value in leaf.reads]

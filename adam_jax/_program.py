@@ -17,7 +17,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from adam_jax._equations import TYPES, Equation, Joined, Value, inlined
-from adam_jax._kernel import DTYPES, LARGE, Leaf
+from adam_jax._kernel import LARGE, Leaf
+
+DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 
 
 class Program:
@@ -65,7 +67,45 @@ class Program:
                         "adam_jax fuses chains that treat every leaf by itself, and this one has "
                         "equations between several leaves. Chain those outside of what is fused."
                     )
-                self.leaves[root] = Leaf(self, value, body)
+                self.leaves[root] = self._leaf(value, body)
+
+    def _leaf(self, gradient: Value, body: list[Equation]) -> Leaf:
+        """A large leaf, if its equations are local."""
+        grain_of: dict[Value, int] = {}
+        for equation in body:
+            if not equation.elementwise and not equation.own:
+                equation.refuse()
+            if equation.grained:
+                value, grain = equation.grained
+                if grain_of.setdefault(self.alike.root(value), grain) != grain:
+                    equation.refuse()
+        made = {v for equation in body for v in equation.outputs}
+        used = {v: None for e in body for v in e.inputs if isinstance(v, Value) and v not in made}
+        grains = {v: grain_of.get(self.alike.root(v), 1) for v in (*made, *used)}
+        reads = [v for v in used if v not in self.uniform]
+        # The results of a step take the place of its first inputs, one by one.
+        leaf = Leaf(
+            shape=gradient.shape,
+            gradient=gradient,
+            body=body,
+            scalars=[v for v in used if v in self.uniform],
+            reads=reads,
+            writes=list(
+                dict.fromkeys(v for v in self.outputs if isinstance(v, Value) and v in made)
+            ),
+            replaces={
+                new: old
+                for new, old in zip(self.outputs, self.inputs, strict=False)
+                if isinstance(new, Value) and new in made and old in reads
+                if (old.shape, old.dtype) == (new.shape, new.dtype)
+            },
+            grains=grains,
+        )
+        for equation in body:
+            for v in self.arrays(equation):
+                if v.shape != leaf.cut(v, leaf.shape) or any(map(np.ndim, equation.inputs)):
+                    equation.refuse()
+        return leaf
 
     def is_uniform(self, value: Any) -> bool:
         return value in self.uniform if isinstance(value, Value) else np.ndim(value) == 0
