@@ -253,16 +253,18 @@ class Place:
 
 
 def _elementwise(equation: Equation, values: list[Any]) -> Any:
-    if equation.primitive.name in TYPES:
-        return values[0]
-    if equation.primitive.name == "round":  # Triton has none; half of an odd number goes up
-        (x,) = values
+    """An equation on a tile; what a backend lacks is made of what it has."""
+    x, name = values[0], equation.primitive.name
+    if name in TYPES:
+        return x
+    if name == "is_finite":  # Triton of jax 0.7 has none
+        return jnp.abs(x.astype(jnp.float32)) < jnp.inf
+    if name == "round":  # Triton has none; half of an odd number goes up
         down = jnp.floor(x)
         odd = down - 2 * jnp.floor(down * 0.5) == 1
         new = down + ((x - down > 0.5) | ((x - down == 0.5) & odd)).astype(x.dtype)
         return jnp.where(new == 0, x * 0, new)  # which keeps the sign of a zero
-    if equation.primitive.name == "sign":  # Mosaic asks for the TPU, which an export does not have
-        (x,) = values
+    if name == "sign":  # Mosaic asks for the TPU, which an export does not have
         return jnp.where(x > 0, jnp.ones_like(x), jnp.where(x < 0, -jnp.ones_like(x), x))
     return equation.primitive.bind(*values, **equation.params)
 
