@@ -257,6 +257,16 @@ def _elementwise(equation: Equation, values: list[Any]) -> Any:
     x, name = values[0], equation.primitive.name
     if name in TYPES:
         return x
+    if name == "convert_element_type":  # Mosaic of jax 0.7 has no way from bytes to floats
+        new = equation.params["new_dtype"]
+        if any(jnp.issubdtype(d, jnp.integer) and d.itemsize < 4 for d in (x.dtype, new)):
+            x = x.astype(jnp.int32)
+        if x.dtype == jnp.uint32 and jnp.issubdtype(new, jnp.floating):  # nor from unsigned ones
+            high, low = (
+                (part.astype(jnp.int32)).astype(jnp.float32) for part in (x >> 16, x & 0xFFFF)
+            )
+            x = high * 65536 + low
+        return x.astype(new)
     if name == "is_finite":  # Triton of jax 0.7 has none
         return jnp.abs(x.astype(jnp.float32)) < jnp.inf
     if name == "round":  # Triton has none; half of an odd number goes up
