@@ -68,7 +68,7 @@ TOLERANCES = {
 
 
 # jax.jit as a user has it, where conftest.py told XLA to compile quickly.
-QUICK = "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]
+QUICK = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
 DEFAULTS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 user_jit = partial(jax.jit, compiler_options=DEFAULTS if QUICK else None)
 

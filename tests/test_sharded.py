@@ -148,7 +148,11 @@ def test_no_device_gathers_a_moment(kind, name, cut):
     sharding = NamedSharding(mesh, spec)
     tx = adam_jax.scale_by_moments(**STORAGES[name])
     params = jax.device_put(jnp.zeros(shape), sharding)
-    state = made(tx.init, params, mesh) if kind == "explicit" else tx.init(params)
+    if kind == "explicit":
+        state = made(tx.init, params, mesh)
+    else:
+        shardings = adam_jax.state_shardings(tx, params)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
     compiled = user_jit(tx.update, donate_argnums=1).lower(params, state).compile()
     whole = math.prod(sharding.shard_shape(shape)) * 4
     assert gathered(compiled) <= whole
