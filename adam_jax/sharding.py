@@ -32,9 +32,9 @@ def state_shardings(
     a part of the state on each device, and gathers the new parameters.
 
     Make the state with ``jax.jit(tx.init, out_shardings=shardings)``: each device makes its own
-    part and never holds a whole moment. On several processes, and on several devices that XLA simulates
-    on a CPU, it must be made so: call by call, collectives start in different orders, and may wait
-    for each other forever.
+    part and never holds a whole moment. On several processes, and on several devices that XLA
+    simulates on a CPU, it must be made so: call by call, collectives start in different orders, and
+    may wait for each other forever.
     Where a framework calls `init`, give it ``optax.GradientTransformationExtraArgs(init,
     tx.update)`` with this compiled `init`. (Flax NNX lays out all that is in the box of an
     annotated parameter by the annotation, though it may not divide the scales: annotate with
