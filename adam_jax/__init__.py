@@ -31,7 +31,6 @@ from adam_jax.moments import (
     Weight,
     accumulated,
     belief,
-    from_optax,
     infinity,
     scale_by_moments,
     squared,
@@ -68,6 +67,7 @@ from adam_jax.rounding import (
 )
 from adam_jax.sharding import state_shardings
 from adam_jax.signal import Average, Moments
+from adam_jax.takeover import from_optax
 
 __version__ = "0.1.0"
 

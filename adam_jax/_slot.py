@@ -13,7 +13,7 @@ from adam_jax._tree import NOTHING, at, check_match, kind, leaves_by_path, place
 from adam_jax.sharding import beside
 from adam_jax.storage import Leaf, Storage, cast
 
-# What moments start from while `moments.from_optax` makes a state, by stage and moment, and by the
+# What moments start from while `takeover.from_optax` makes a state, by stage and moment, and by the
 # place of the parameter. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
 

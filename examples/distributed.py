@@ -40,6 +40,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import transformer
+from commandline import positive
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -396,13 +397,6 @@ def draw(history: dict, path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from memory import hardware, positive
+from commandline import hardware, positive
 from tqdm import tqdm
 
 import adam_jax

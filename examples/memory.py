@@ -8,9 +8,7 @@ alone, widened to ten million parameters, all choices in turn.
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
 from collections import Counter
@@ -25,6 +23,7 @@ import matplotlib
 import numpy as np
 import optax
 import transformer
+from commandline import hardware, positive
 from flax import nnx
 from mnist import BATCH, Network, cross_entropy, shipped_digits
 from tqdm import tqdm
@@ -313,15 +312,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax"))
-    device = jax.devices()[0]
-    return (
-        f"{device.device_kind} ({device.platform}), {platform.machine()}, "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
 def draw(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     labels = Counter()  # in each place, so that they stand above each other
@@ -348,13 +338,6 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def main() -> None:

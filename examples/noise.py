@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from memory import CHOICES, hardware, positive
+from commandline import hardware, positive
+from memory import CHOICES
 from tqdm import tqdm
 
 import adam_jax

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import matplotlib
 import numpy as np
 import optax
 from jax.experimental import topologies
-from step import gpt2
+from step import gpt2, hardware
 from tqdm import tqdm
 
 import adam_jax
@@ -340,15 +339,6 @@ def table(rows: list[Row], targets: list[str]) -> str:
     return "\n".join(lines)
 
 
-def versions() -> str:
-    names = ["jax", "optax", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "libtpu", "flashoptim-jax"]
-    there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    found = ", ".join(f"{name} {there[name]}" for name in names if name in there)
-    return (
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {found}"
-    )
-
-
 def draw(rows: list[Row], path: Path) -> None:
     """The bytes of every choice on every target, and its limit as a line."""
     trees = list(dict.fromkeys(row.tree for row in rows))
@@ -410,7 +400,7 @@ def main() -> None:
         if choice != FLASHOPTIM or target == "h100"  # it has kernels for GPUs only
     ]
     rows = [measure(*each) for each in tqdm(todo, "compiling", leave=False)]
-    print(versions())
+    print(hardware("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "libtpu", "flashoptim-jax"))
     print("each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; CPU time\n")
     print(table(rows, options.targets))
     if options.json:

@@ -315,9 +315,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> str:
-    names = ["jax", "optax", "torch"]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+def hardware(*others: str) -> str:
+    """The machine and the versions of jax, optax and those of `others` that are installed."""
+    there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    names = [name for name in ("jax", "optax", *others) if name in there]
+    versions = ", ".join(f"{name} {there[name]}" for name in names)
     device = jax.devices()[0]
     return (
         f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} cores, "
@@ -403,7 +405,7 @@ def main() -> None:
         rows += measure(work, options.sides, options.dtype, not options.keep, options.rounds)
     for row, more in zip(rows, facts, strict=True):
         row.facts.update(more)
-    print(hardware())
+    print(hardware("torch"))
     print("ratio: median and quartiles of the rounds; bytes and temporaries: per parameter\n")
     print(table(rows))
     if options.json:
