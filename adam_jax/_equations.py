@@ -62,8 +62,10 @@ class Equation(NamedTuple):
         stage = _stage(self.traces)
         raise ValueError(
             f"adam_jax fuses chains that treat every element or block of a large leaf by itself, "
-            f"and {stage} does not: it has the equation {self.primitive.name!r}. Chain it outside "
-            f"of what is fused: optax.chain({stage}(...), adam_jax.fuse(...))."
+            f"and {stage} does not: it has the equation {self.primitive.name!r}. Fuse the chain "
+            f"without it: a stage at an end of the chain goes outside, as in "
+            f"optax.chain(optax.clip_by_global_norm(1.0), adam_jax.fuse(...)); in place of a "
+            f"storage take another, such as adam_jax.storage.int8()."
         )
 
 

@@ -387,6 +387,23 @@ def test_a_fused_step_moves_what_it_must(device, name):
     assert memory.alias_size_in_bytes > 0.999 * written
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "least"), [("adam", 28 + 8), ("8-bit adamw", 16.25 + 12)])
+def test_updates_apart_are_written_and_read_again(name, least, device):
+    """`fuse` where the gradients are made in the same step, which their buffers do not outlive."""
+    tx, params = adam_jax.fuse(FUSED[name][0]), [jax.ShapeDtypeStruct((8192, 8192), "float32")]
+
+    def step(params, state, inputs):
+        grads = jax.tree.map(jnp.exp, inputs)  # reads 4 bytes and writes 4
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.numpy_dtype_promotion("standard"):  # as in optax's schedule
+        module = accelerators.compiled_for(device, tx.init, step, params)
+    _, moved = accelerators.work(module)
+    assert least <= moved / 8192**2 - 8 < 1.05 * least
+
+
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x")], ids=["rows", "columns"])
 @pytest.mark.parametrize("device", DEVICES)
