@@ -174,7 +174,9 @@ def killed(checkpoints: Path, steps: int, alone: bool, moment: str, victims, rng
             for pid in job.pids():
                 with pytest.raises(ProcessLookupError):
                     os.kill(pid, 0)
-        assert job.complete() == done  # what is complete stays
+        # What is complete stays. Who was not killed may still complete what was being written, and
+        # then remove the oldest of four.
+        assert set(done[-2:]) <= set(job.complete())
         who = "all" if len(victims) == PROCESSES else f"process {victims[0]}"
         how = "loopback" if alone else "Slurm"
         last = str(done[-1]) if done else "none"
