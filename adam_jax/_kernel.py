@@ -93,10 +93,10 @@ class Leaf:
         ]
         operands += [] if corner is None else [corner]
         if platform == "tpu":
-            number = pl.BlockSpec(memory_space=backend.SMEM)
+            numbers = {"memory_space": backend.SMEM}
             parameters = backend.CompilerParams(dimension_semantics=("parallel",) * len(tile))
         else:
-            number, parameters = pl.BlockSpec(), backend.CompilerParams(num_warps=8)
+            numbers, parameters = {}, backend.CompilerParams(num_warps=8)
         lengths = next(
             x.shape for v, x in zip(self.reads, arrays, strict=True) if v.shape == self.shape
         )
@@ -156,7 +156,11 @@ class Leaf:
         call = pl.pallas_call(
             kernel,
             grid=tuple(-(-n // t) for n, t in zip(lengths, tile, strict=True)),
-            in_specs=[number] * len(operands) + [block(v) for v in self.reads],
+            # Pallas's own place of a whole array has 64 bits under x64, which Mosaic lacks.
+            in_specs=[
+                *(pl.BlockSpec(x.shape, lambda *_: (np.int32(0),), **numbers) for x in operands),
+                *(block(v) for v in self.reads),
+            ],
             out_specs=[block(v) for v in self.writes],
             out_shape=[
                 jax.ShapeDtypeStruct(self.cut(v, lengths), v.dtype, **varying) for v in self.writes
@@ -229,7 +233,8 @@ class Place:
 
     def packed(self, x: Any, shape: tuple[int, ...]) -> Any:
         codes = self.split(self.filled(x.astype(jnp.int32)), shape)
-        return jnp.sum(codes << self.shifts(codes.shape), self.axis + 1).astype(jnp.uint8)
+        codes = codes << self.shifts(codes.shape)
+        return jnp.sum(codes, self.axis + 1, dtype=jnp.int32).astype(jnp.uint8)
 
     def unpacked(self, x: Any, shape: tuple[int, ...]) -> Any:
         codes = self.repeated(x.astype(jnp.int32), shape)

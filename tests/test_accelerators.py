@@ -388,6 +388,17 @@ def test_a_fused_step_moves_what_it_must(device, name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["adamw", "4-bit adamw", "8-bit, compensated"])
+def test_a_fused_step_under_x64(name, device, x64):
+    """There numbers of Python and sums have 64 bits by themselves, which Mosaic lacks."""
+    tx, dtype, _ = FUSED[name]
+    params = [jax.ShapeDtypeStruct((128, 256), dtype)]
+    with jax.numpy_dtype_promotion("standard"):
+        module = accelerators.compiled_for(device, *accelerators.fused(tx), params)
+    assert len(re.findall(r"custom-call\(.*(tpu_custom_call|triton)", module.as_text())) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "least"), [("adam", 28 + 8), ("8-bit adamw", 16.25 + 12)])
 def test_updates_apart_are_written_and_read_again(name, least, device):
     """`fuse` where the gradients are made in the same step, which their buffers do not outlive."""
