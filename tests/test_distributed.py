@@ -7,6 +7,7 @@ prints a table.
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import random
 import re
@@ -283,7 +284,10 @@ def stopped(monkeypatch, capfd, given, devices=1):
         patch.setattr(os, "_exit", sys.exit)
         with pytest.raises(SystemExit) as caught:
             distributed.run(given)
-    return caught.value.code, capfd.readouterr().err
+    code = caught.value.code
+    del caught  # with what orbax had begun to read, which ends now and not in another test
+    gc.collect()
+    return code, capfd.readouterr().err
 
 
 def no_launcher(**_):
