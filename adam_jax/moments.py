@@ -247,6 +247,9 @@ class Weight(NamedTuple):
             ]
             closed = 2 / (1 - decay) - 1 - 2 * t * power(t) / (1 - power(t))
             length, ahead = jnp.where(steady, closed, length), weights[2]
+            # XLA divides by what has one use in another way than by what has several, and in optax
+            # the weight is used by the leaves alone, not kept for the next step.
+            weights[2] = jax.lax.optimization_barrier(weights[2])
         previous = Average(None, now, weights[0], now, weights[1], self.length)
         average = Average(None, now, weights[1], next_decay, weights[2], length, previous)
         return average, kept._replace(decay=jnp.where(steady, rate, -rate), ahead=ahead)
