@@ -133,6 +133,8 @@ CASES = {
         "float32",
     ),
 }
+# Without instructions that multiply and add at once, which XLA places otherwise in each program.
+UNCONTRACTED = {"xla_cpu_max_isa": "SSE4_2"}
 ON_A_GPU_TOO = ["adam", "radam", "adamw, 4 and 8 bits", "8 bits in bfloat16, 8 bits"]
 
 
@@ -149,7 +151,10 @@ def test_kernels_do_what_the_chain_does(case, platform, interpreted):
     shapes = {"matrix": (264, 300) if platform == "tpu" else (70, 150), "bias": (7,)}
     params = random_tree(shapes, dtype, rng)
     state = tx.init(params)
-    plain, fused = (jax.jit(step) for step in (plain_step(tx), adam_jax.fused_step(tx)))
+    plain, fused = (
+        jax.jit(step, compiler_options=UNCONTRACTED)
+        for step in (plain_step(tx), adam_jax.fused_step(tx))
+    )
     different = total = 0
     with jax.numpy_dtype_promotion("standard"):  # optax's own stages are not strict
         for step in range(20):
@@ -162,7 +167,7 @@ def test_kernels_do_what_the_chain_does(case, platform, interpreted):
             different, total = different + counts[0], total + counts[1]
             params, state = due
     assert len(kernels) == 1
-    assert different <= total * 1e-4  # where two results of one formula lie on two sides of a step
+    assert different <= total * 3e-5  # where two results of one formula lie on two sides of a step
 
 
 @each_platform
