@@ -67,8 +67,9 @@ def differences(actual, expected):
     for (path, due), x in zip(paths, jax.tree.leaves(actual), strict=True):
         assert (x.shape, x.dtype) == (due.shape, due.dtype)
         x, due = np.asarray(x), np.asarray(due)
-        other = x.view(f"u{x.itemsize}") != due.view(f"u{x.itemsize}")  # few, and so
-        few_x, few_due = (np.asarray(a[other], np.float64) for a in (x, due))  # what follows is quick
+        bits = f"u{x.itemsize}"
+        other = x.view(bits) != due.view(bits)  # few, so that the rest is quick
+        few_x, few_due = (np.asarray(a[other], np.float64) for a in (x, due))
         if x.itemsize <= 2:
             total += due.size
             different += np.sum((few_x != few_due) & ~(np.isnan(few_x) & np.isnan(few_due)))
