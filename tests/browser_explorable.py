@@ -1,0 +1,334 @@
+"""Open `examples/course/explorable.html` in headless Chromium and use it as a reader does.
+
+`python tests/browser_explorable.py DIRECTORY` leaves pictures of it in the directory: both
+languages, both widths, light, dark and grey. Needs Chromium and its chromedriver on the PATH.
+"""
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+
+PAGE = Path(__file__).parent.parent / "examples" / "course" / "explorable.html"
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars",
+]  # fmt: skip
+KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "tab": "\ue004"}
+
+
+def missing() -> str:
+    """What is not installed, or nothing."""
+    if not any(map(shutil.which, BROWSERS)):
+        return "no Chromium on the PATH"
+    return "" if shutil.which("chromedriver") else "no chromedriver on the PATH"
+
+
+class Browser:
+    """Headless Chromium by the WebDriver protocol (W3C): JSON requests to its chromedriver."""
+
+    def __init__(self, profile: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.server = f"http://127.0.0.1:{port}"
+        self.driver = subprocess.Popen(
+            ["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.session = ""
+        try:
+            self._wait_for_the_driver()
+            self.session = self._start(profile)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_for_the_driver(self):
+        for _ in range(300):
+            with contextlib.suppress(urllib.error.URLError):
+                return self.call("GET", "/status")
+            time.sleep(0.1)
+        raise TimeoutError("chromedriver does not answer")
+
+    def _start(self, profile: str) -> str:
+        binary = next(filter(None, map(shutil.which, BROWSERS)))
+        options = {"binary": binary, "args": [*FLAGS, f"--user-data-dir={profile}"]}
+        wanted = {
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
+        body = {"capabilities": {"alwaysMatch": wanted}}
+        return "/session/" + self.call("POST", "/session", body)["sessionId"]
+
+    def close(self):
+        with contextlib.suppress(Exception):
+            self.call("DELETE", self.session)
+        self.driver.terminate()
+        self.driver.wait()
+
+    def call(self, method: str, path: str, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.server + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"]) from None
+
+    def post(self, path: str, **body):
+        return self.call("POST", self.session + path, body)
+
+    def js(self, script: str):
+        return self.post("/execute/sync", script=f"return {script}", args=[])
+
+    def devtools(self, command: str, **parameters):
+        return self.post("/goog/cdp/execute", cmd=command, params=parameters)
+
+    def open(self, width: int, height: int, language: str, scheme: str = "light"):
+        phone = width < 500
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone,
+        )  # fmt: skip
+        self.devtools("Emulation.setTouchEmulationEnabled", enabled=phone)
+        scheme = {"name": "prefers-color-scheme", "value": scheme}
+        self.devtools("Emulation.setEmulatedMedia", features=[scheme])
+        self.post("/url", url="about:blank")
+        self.post("/url", url=f"{PAGE.as_uri()}#{language}")
+
+    def press(self, *keys: str):
+        """Keys, to what has the focus."""
+        downs_and_ups = [
+            {"type": kind, "value": KEYS[key]} for key in keys for kind in ("keyDown", "keyUp")
+        ]
+        self.post("/actions", actions=[{"type": "key", "id": "keys", "actions": downs_and_ups}])
+
+    def pointer(self, *places, kind: str = "mouse"):
+        """Press at the first place, move over the others, let go."""
+        at = lambda place: {  # noqa: E731
+            "type": "pointerMove", "duration": 20, "x": round(place[0]), "y": round(place[1]),
+        }  # fmt: skip
+        actions = [at(places[0]), {"type": "pointerDown", "button": 0}]
+        actions += [*map(at, places[1:]), {"type": "pointerUp", "button": 0}]
+        source = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}}
+        self.post("/actions", actions=[source | {"actions": actions}])
+
+    def picture(self, path: Path, whole: bool = True):
+        """A picture of the page, or of what is in the window."""
+        shot = self.devtools("Page.captureScreenshot", captureBeyondViewport=whole)
+        png = io.BytesIO(base64.b64decode(shot["data"]))
+        Image.open(png).convert("RGB").quantize(128, kmeans=1).save(path, optimize=True)
+
+    def log(self, kind: str) -> list[dict]:
+        return self.post("/se/log", type=kind)
+
+
+@contextlib.contextmanager
+def browser():
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        opened = Browser(profile)
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+# --- What a reader does ---------------------------------------------------------------------------
+
+STEP_SHOWN = "Number(document.querySelector('#step-heading .t').textContent)"
+CODE = "document.getElementById('code').textContent"
+
+
+def middle(page: Browser, element: str) -> tuple[float, float]:
+    """The middle of an element in the window, scrolled to."""
+    box = page.js(
+        f"(() => {{ const e = {element};"
+        "e.scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+    )
+    return box[0], box[1]
+
+
+def by_id(name: str) -> str:
+    return f"document.getElementById('{name}')"
+
+
+def click(page: Browser, element: str, kind: str = "mouse"):
+    page.pointer(middle(page, element), kind=kind)
+
+
+def focus(page: Browser, element: str):
+    page.js(f"{element}.focus()")
+
+
+def drag_the_start(page: Browser, kind: str):
+    x, y = middle(page, by_id("start"))
+    page.pointer((x, y), (x + 20, y + 10), (x + 60, y + 40), kind=kind)
+    to_x, to_y = page.js(f"to_pixel({start(page)})")
+    box = page.js("document.getElementById('surface').getBoundingClientRect()")
+    assert abs(to_x + box["x"] - x - 60) < 2
+    assert abs(to_y + box["y"] - y - 40) < 2
+    assert page.js("runs.adam.path[0].point") == page.js("runs.sgd.path[0].point") == start(page)
+
+
+def start(page: Browser) -> list[float]:
+    """Where the start is, as a screen reader says it."""
+    text = page.js("document.getElementById('start').getAttribute('aria-valuetext')")
+    x, y = text.split(",")
+    return [float(x.split()[1]), float(y.split()[1])]
+
+
+def click_a_step(page: Browser, kind: str):
+    """Near a point of the path; the cards then show that step, and the same numbers."""
+    middle(page, by_id("surface"))
+    box = page.js("document.getElementById('surface').getBoundingClientRect()")
+    x, y = page.js("to_pixel(runs.mine.path[7].point)")
+    page.pointer((box["x"] + x, box["y"] + y), kind=kind)
+    assert page.js(STEP_SHOWN) == 7
+    shown = page.js("document.querySelector('#flow li:last-child tbody tr:last-child').innerText")
+    point = page.js("runs.mine.path[7].point.map(number)")
+    assert shown.split()[-2:] == point
+
+
+def use(page: Browser, kind: str):
+    """Everything once, with a mouse or a finger."""
+    assert page.js("document.documentElement.scrollWidth") == page.js("innerWidth")
+    drag_the_start(page, kind)
+    click_a_step(page, kind)
+
+    x, y = middle(page, by_id("losses"))
+    page.pointer((x, y), kind=kind)
+    assert 90 < page.js(STEP_SHOWN) < 110
+    before = page.js(STEP_SHOWN)
+    click(page, by_id("forth"), kind)
+    assert page.js(STEP_SHOWN) == before + 1
+
+    click(page, "document.querySelector('[value=off] + .face')", kind)
+    code = page.js(CODE)
+    assert "debias" not in code
+    assert "# =" not in code  # no optimizer of the package is this
+    assert page.js("document.querySelector('[value=rectify]').disabled")
+    click(page, "document.querySelector('[value=rectify] + .face')", kind)
+    assert page.js(CODE) == code
+    click(page, "document.querySelector('[value=on] + .face')", kind)
+    click(page, "document.querySelector('[value=after] + .face')", kind)
+    assert "adam_jax.amsgrad" in page.js(CODE)
+    assert len(page.js("[...document.querySelectorAll('#flow h3')].map((h) => h.innerText)")) == 7
+
+    seen = {page.js(CODE)}
+    for i in range(page.js("document.querySelectorAll('#tries button').length")):
+        click(page, f"document.querySelectorAll('#tries button')[{i}]", kind)
+        seen.add(page.js(CODE))
+    assert len(seen) == 6
+    assert page.js("document.documentElement.scrollWidth") == page.js("innerWidth")
+
+    title = page.js("document.querySelector('h1').innerText")
+    click(page, by_id("language"), kind)
+    assert page.js("document.documentElement.lang") == "zh"
+    assert page.js("document.querySelector('h1').innerText") != title
+    assert "曲面" in page.js("document.querySelector('legend').innerText")
+    assert page.js("document.documentElement.scrollWidth") == page.js("innerWidth")
+
+
+def use_the_keyboard(page: Browser):
+    """No mouse: every control is reached with the tabulator and does what its keys say."""
+    reached = set()
+    for _ in range(30):
+        page.press("tab")
+        reached.add(page.js("document.activeElement.id || document.activeElement.name"))
+    sliders = {"learning_rate", "sgd_rate", "b1", "b2", "eps", "step"}
+    choices = {"surface", "lookahead", "correction", "maximum", "division", "epsilon"}
+    assert reached >= {"language", "start", "back", "forth", "copy"} | sliders | choices
+
+    focus(page, by_id("start"))
+    (x, y), code = start(page), page.js(CODE)
+    page.press("right", "right", "up")
+    assert start(page)[0] > x
+    assert start(page)[1] > y
+    assert page.js(CODE) == code
+    for name in sorted(sliders):
+        focus(page, by_id(name))
+        before = page.js("[s.learning_rate, s.sgd_rate, s.b1, s.b2, s.eps, s.step]")
+        page.press("left")
+        after = page.js("[s.learning_rate, s.sgd_rate, s.b1, s.b2, s.eps, s.step]")
+        assert sum(a != b for a, b in zip(after, before, strict=True)) == 1, name
+    assert page.js(CODE) != code
+    focus(page, "document.querySelector('[name=lookahead]:checked')")
+    page.press("left")
+    assert "nesterov" not in page.js(CODE)
+
+
+def check():
+    """Everything, on a wide page and on a phone; nothing is complained of or fetched meanwhile."""
+    with browser() as page:
+        page.open(1200, 900, "en")
+        use(page, "mouse")
+        page.open(375, 800, "en")
+        use(page, "touch")
+        page.open(1200, 900, "en", scheme="dark")
+        use_the_keyboard(page)
+        background = page.js("getComputedStyle(document.body).backgroundColor")
+        assert max(map(int, background.strip("rgb()").split(","))) < 64
+        corner = (
+            "document.getElementById('bands').getContext('2d').getImageData(2, 2, 1, 1).data[0]"
+        )
+        assert page.js(corner) < 96
+        assert page.log("browser") == []
+        events = [json.loads(entry["message"])["message"] for entry in page.log("performance")]
+        asked = [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+        assert PAGE.as_uri() in {url.split("#")[0] for url in asked}
+        assert all(url.startswith(("file:", "data:", "about:")) for url in asked), asked
+
+
+def pictures(directory: Path):
+    """The whole page in both languages and widths, light and dark; one in grey; the gallery's."""
+    with browser() as page:
+        for width, height in ((1200, 900), (375, 800)):
+            for language, scheme in (
+                ("en", "light"),
+                ("zh", "dark"),
+                ("en", "dark"),
+                ("zh", "light"),
+            ):
+                page.open(width, height, language, scheme)
+                page.picture(directory / f"{language}-{width}-{scheme}.png")
+        page.open(1200, 900, "en")
+        page.picture(directory / "explorable.png", whole=False)
+        page.js("(document.documentElement.style.filter = 'grayscale(1)')")
+        page.picture(directory / "grey.png", whole=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, help="where to leave the pictures")
+    directory = parser.parse_args().directory
+    if missing():
+        parser.error(missing())
+    if not directory.is_dir():
+        parser.error(f"there is no directory {directory}")
+    check()
+    pictures(directory)
+
+
+if __name__ == "__main__":
+    main()
