@@ -236,6 +236,10 @@ def use(page: Browser, kind: str):
     assert len(seen) == 6
     assert page.js("document.documentElement.scrollWidth") == page.js("innerWidth")
 
+    focus(page, by_id("sgd_rate"))
+    page.press(*["right"] * 20)  # too fast: SGD leaves, and the page says so
+    assert "leaves the picture" in page.js("document.getElementById('runs').innerText")
+
     title = page.js("document.querySelector('h1').innerText")
     click(page, by_id("language"), kind)
     assert page.js("document.documentElement.lang") == "zh"
