@@ -128,7 +128,7 @@ def test_every_chain_at_other_rates(script, offered, gradients, x64):
     """On recorded gradients, and by the optimizer that the page says it is, where it names one."""
     settings = [one | OTHERS[i % len(OTHERS)] for i, one in enumerate(offered)]
     codes = [run_code(script("code_of(s)", s=one)) for one in settings]
-    assert sum(member is not None for _, member in codes) == 13
+    assert sum(member is not None for _, member in codes) == 15
     recorded = lambda points, now: jnp.broadcast_to(now, points.shape)  # noqa: E731
     optimizers = [member or tx for tx, member in codes]
     paths = descend(optimizers, recorded, jnp.zeros((1, 2)), jnp.asarray(gradients))
