@@ -65,6 +65,7 @@ from adam_jax.rounding import (
     compensate,
     round_stochastically,
 )
+from adam_jax.rows import lazy
 from adam_jax.sharding import state_shardings
 from adam_jax.signal import Average, Moments
 from adam_jax.takeover import from_optax
@@ -110,6 +111,8 @@ __all__ = [
     # a chain as one kernel a leaf, on a GPU and a TPU
     "fuse",
     "fused_step",
+    # rows without a gradient stay as they are
+    "lazy",
     # a running job goes on here
     "from_optax",
     # where the state lives on many devices

@@ -11,12 +11,13 @@ from adam_jax._tree import OWN
 # Equations that make an element of the result of the elements in the same place.
 ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos",
-    "cosh", "div", "eq", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "ge", "gt",
-    "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul",
-    "ne", "neg", "nextafter", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt",
-    "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin",
-    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor",
+    "bitcast_convert_type", "cbrt", "ceil", "clamp", "complex", "conj", "convert_element_type",
+    "copy", "cos", "cosh", "div", "eq", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "ge",
+    "gt", "imag", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max",
+    "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision",
+    "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub",
+    "tan", "tanh", "xor",
 }  # fmt: skip
 CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
          "custom_vjp_call_jaxpr", "checkpoint"}  # fmt: skip
@@ -58,12 +59,16 @@ class Equation(NamedTuple):
         value = self.outputs[0] if name in ("largest", "packed") else self.inputs[0]
         return value, int(number) if name in ("largest", "spread") else 8 // int(number)
 
+    @property
+    def stage(self) -> str:
+        """The name of the stage that it is of."""
+        return _stage(self.traces)
+
     def refuse(self) -> None:
-        stage = _stage(self.traces)
         raise ValueError(
             f"adam_jax fuses chains that treat every element or block of a large leaf by itself, "
-            f"and {stage} does not: it has the equation {self.primitive.name!r}. Fuse the chain "
-            f"without it: a stage at an end of the chain goes outside, as in "
+            f"and {self.stage} does not: it has the equation {self.primitive.name!r}. Fuse the "
+            f"chain without it: a stage at an end of the chain goes outside, as in "
             f"optax.chain(optax.clip_by_global_norm(1.0), adam_jax.fuse(...)); in place of a "
             f"storage take another, such as adam_jax.storage.int8()."
         )
@@ -73,6 +78,7 @@ def _stage(traces: Sequence[Any]) -> str:
     """The stage that an equation is of: the innermost function made by one, but for our helpers."""
     helpers = (
         "/jax/",
+        "/optax/_src/base.py",
         "/optax/tree_utils/",
         "/_tree.py",
         "/_slot.py",

@@ -1,0 +1,394 @@
+"""Lazy rows: PyTorch's SparseAdam, the laws on every member, and what is refused."""
+
+from functools import partial
+
+import chains
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from support import assert_close, make_step
+
+import adam_jax
+from adam_jax import storage
+
+ROWS, COLUMNS = 40, 3
+
+
+def sparse_gradients(rng, steps, rows=ROWS, columns=COLUMNS, most=6):
+    """For each step a few rows with gradients, at times none; never the last row."""
+    gradients = np.zeros((steps, rows, columns))
+    for grads in gradients:
+        reached = rng.choice(rows - 1, rng.integers(most), replace=False)
+        grads[reached] = rng.normal(size=(len(reached), columns)) * 10 ** rng.uniform(-3, 3)
+    return gradients
+
+
+def bits(tree):
+    """Every array as bytes, so that -0 differs from 0."""
+    return jax.tree.map(lambda x: np.asarray(x).tobytes(), tree)
+
+
+def scanned(tx, params, gradients):
+    """The parameters after every step."""
+
+    def step(carry, grads):
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, tx.init(params)), gradients)[1]
+
+
+# --- PyTorch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rate", "betas", "eps"),
+    [(1e-3, (0.9, 0.999), 1e-8), (1e-1, (0.8, 0.99), 1e-3)],
+)
+def test_sparse_adam(rate, betas, eps, x64):
+    """300 steps of PyTorch's SparseAdam, every one of them compared."""
+    check_sparse_adam(rate, betas, eps, "float64", "torch")
+
+
+def test_sparse_adam_in_float32():
+    check_sparse_adam(1e-2, (0.9, 0.999), 1e-8, "float32", "sparse")
+
+
+def check_sparse_adam(rate, betas, eps, dtype, tolerance):
+    rng = np.random.default_rng(0)
+    gradients = sparse_gradients(rng, 300).astype(dtype)
+    table = rng.normal(size=(ROWS, COLUMNS)).astype(dtype)
+
+    weights = torch.nn.Parameter(torch.tensor(table))
+    optimizer, theirs = torch.optim.SparseAdam([weights], lr=rate, betas=betas, eps=eps), []
+    for grads in gradients:
+        weights.grad = torch.tensor(grads).to_sparse(1)
+        optimizer.step()
+        theirs.append(weights.detach().numpy().copy())
+
+    tx = adam_jax.lazy(adam_jax.adam(rate, *betas, eps=eps, eps_hat=True))
+
+    ours = scanned(tx, jnp.asarray(table), jnp.asarray(gradients))
+    assert_close(ours, np.stack(theirs), tolerance)
+    assert np.array_equal(ours[-1][-1], table[-1])  # a row that no step reached
+    assert np.max(np.abs(ours[-1][0] - table[0])) > rate
+
+
+# --- The laws -------------------------------------------------------------------------------------
+
+NOT_LOCAL_MEMBERS = {"lamb", "cautious_adamw"}
+INT8 = {"mu_storage": storage.int8(block=4), "nu_storage": storage.int8(block=4)}
+STOCHASTIC = {"mu_storage": storage.stochastic(), "nu_storage": storage.stochastic()}
+CASES = {
+    **{
+        name: (member(1e-2), "float32")
+        for name, member in chains.members().items()
+        if name not in NOT_LOCAL_MEMBERS
+    },
+    "rmsprop, centered": (adam_jax.rmsprop(1e-2, centered=True, momentum=0.9), "float32"),
+    "schedules": (
+        adam_jax.adamw(optax.linear_schedule(1e-2, 0.0, 9), b1=lambda t: 0.9 - 0.1 / (t + 1.0)),
+        "float32",
+    ),
+    "injected": (
+        optax.inject_hyperparams(adam_jax.adamw, hyperparam_dtype=jnp.float32)(1e-2),
+        "float32",
+    ),
+    "stochastic storage": (adam_jax.adamw(1e-2, **STOCHASTIC), "float32"),
+    "rounded": (
+        optax.chain(adam_jax.adamw(1e-2), adam_jax.round_stochastically()),
+        "bfloat16",
+    ),
+    "compensated": (optax.chain(adam_jax.adamw(1e-2), adam_jax.compensate("int8")), "bfloat16"),
+    "bfloat16": (adam_jax.adamw(1e-2), "bfloat16"),
+    "complex": (adam_jax.adamw(1e-2), "complex64"),
+    "optax.adamw": (optax.adamw(1e-2), "float32"),
+    "a partition": (
+        optax.partition({"a": adam_jax.adam(1e-2), "b": adam_jax.adamw(1e-1)}, "b"),
+        "float32",
+    ),
+}
+
+
+REACHED = np.array([True, False, True, False, False, True])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_without_a_gradient_stay_and_the_others_are_those_of_the_chain(case):
+    """Bit for bit, weights and state, at a second step, where all rows have been reached once."""
+    tx, dtype = CASES[case]
+    check_rows(tx, {"table": (6, 2)}, dtype)
+
+
+def test_leaves_of_any_shape():
+    shapes = {"vector": (6,), "stack": (6, 2, 2), "empty": (0, 3), "none": None}
+    check_rows(adam_jax.adamw(1e-2), shapes, "float32")
+
+
+def check_rows(tx, shapes, dtype):
+    rng = np.random.default_rng(0)
+
+    def random_tree():
+        return {
+            name: None if shape is None else jnp.asarray(rng.normal(size=shape), dtype)
+            for name, shape in shapes.items()
+        }
+
+    def reached_alone(grad):
+        rows = REACHED[: len(grad)].reshape(-1, *[1] * (grad.ndim - 1))
+        return jnp.where(rows, grad, jnp.zeros_like(grad))
+
+    def check(found, due, old):
+        if found.shape[:1] == REACHED.shape:
+            assert bits(found[REACHED]) == bits(due[REACHED])
+            assert bits(found[~REACHED]) == bits(old[~REACHED])
+
+    lazy, params = adam_jax.lazy(tx), random_tree()
+    state = tx.init(params)
+    assert bits(state) == bits(lazy.init(params))
+    with jax.numpy_dtype_promotion("standard"):
+        full = lazy.update(params, state, params)  # all rows have gradients
+        assert bits(tx.update(params, state, params)) == bits(full)
+        params, state = optax.apply_updates(params, full[0]), full[1]
+        grads = jax.tree.map(reached_alone, random_tree())
+        due, due_state = tx.update(grads, state, params)
+        updates, new_state = lazy.update(grads, state, params)
+        new, due_new = (optax.apply_updates(params, each) for each in (updates, due))
+    jax.tree.map(check, updates, due, jax.tree.map(lambda x: -jnp.zeros_like(x), updates))
+    jax.tree.map(check, new_state, due_state, state)
+    jax.tree.map(check, new, due_new, params)
+    counts = [x for x in jax.tree.leaves(new_state) if x.dtype == jnp.int32 and x.ndim == 0]
+    assert all(count == 2 for count in counts)
+
+
+def test_a_scalar_is_one_row():
+    """Of a scalar that is the whole tree, counts are told from moments."""
+    tx = adam_jax.lazy(adam_jax.adam(0.1))
+    scalar = jnp.float32(2.0)
+    _, state = tx.update(scalar, tx.init(scalar), scalar)
+    update, new = tx.update(jnp.float32(0.0), state, scalar)
+    assert update == 0
+    assert (new[0].mu, new[0].nu) == (state[0].mu, state[0].nu)
+    assert new[0].count == 2
+    assert new[0].mu_weight.value > state[0].mu_weight.value
+
+
+def test_nan_and_minus_zero():
+    """A gradient that is not a number is one; a weight of -0 stays it."""
+    tx = adam_jax.lazy(adam_jax.adam(0.1))
+    table = jnp.array([[-0.0, 1.0], [1.0, 2.0], [-0.0, -0.0]])
+    grads = jnp.zeros((3, 2)).at[1, 0].set(jnp.nan)
+    updates, _ = tx.update(grads, tx.init(table), table)
+    new = table + updates
+    assert jnp.isnan(new[1, 0])
+    assert bits(new[jnp.array([0, 2])]) == bits(table[jnp.array([0, 2])])
+
+
+def steps(tx, params, gradients):
+    """The parameters after every step, call by call."""
+    state, trajectory = tx.init(params), []
+    for grads in gradients:
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        trajectory.append(params)
+    return jnp.stack(trajectory)
+
+
+@pytest.fixture
+def problem(x64):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(sparse_gradients(rng, 4, 3, 2, 3))
+
+
+LAZY = adam_jax.lazy(adam_jax.adamw(1e-2, weight_decay=0.1))
+
+
+def test_cutting_a_leaf_into_rows_commutes(problem):
+    params, gradients = problem
+    whole = steps(LAZY, params, gradients)
+    rows = [steps(LAZY, params[i : i + 1], gradients[:, i : i + 1]) for i in range(len(params))]
+    chex.assert_trees_all_equal(jnp.concatenate(rows, axis=1), whole)
+
+
+def test_jit_scan_vmap(problem):
+    params, gradients = problem
+    due = steps(LAZY, params, gradients)
+    jitted = optax.GradientTransformationExtraArgs(LAZY.init, jax.jit(LAZY.update))
+    assert_close(steps(jitted, params, gradients), due, "fused")
+    two = jnp.stack([params, params[::-1]]), jnp.stack([gradients, gradients[:, ::-1]])
+    found = jax.vmap(partial(scanned, LAZY))(*two)
+    assert_close(found, jnp.stack([due, due[:, ::-1]]), "fused")
+
+
+def test_all_rows_reached_is_the_chain_under_jit():
+    """Bit for bit in what XLA makes of the two for a user: of the step with the parameters too."""
+    rng = np.random.default_rng(0)
+    start, *gradients = jnp.asarray(rng.normal(size=(11, 50, 20)), jnp.float32)
+
+    def trained(tx):
+        step = make_step(tx)
+        params, state = start, tx.init(start)
+        for grads in gradients:
+            params, state, _ = step(params, state, grads)
+        return params, state
+
+    adamw = adam_jax.adamw(1e-2)
+    chex.assert_trees_all_equal(trained(adam_jax.lazy(adamw)), trained(adamw))
+
+
+# --- Inside and around ----------------------------------------------------------------------------
+
+
+def test_blocks_inside_a_row():
+    """Of a stack in 8 bits the codes and scales of a row are its own."""
+    rng = np.random.default_rng(0)
+    params = jnp.asarray(rng.normal(size=(3, 40, 40)), jnp.float32)
+    tx = adam_jax.lazy(adam_jax.adamw(1e-2, **INT8))
+    update, dense = (jax.jit(each.update) for each in (tx, adam_jax.adamw(1e-2, **INT8)))
+    _, state = update(params, tx.init(params), params)
+    updates, new = update(params.at[1].set(0), state, params)
+    due, due_state = dense(params.at[1].set(0), state, params)
+    assert state[0].mu.codes.dtype == jnp.int8
+    for found, whole, old in zip(
+        jax.tree.leaves((updates, new[0].mu, new[0].nu)),
+        jax.tree.leaves((due, due_state[0].mu, due_state[0].nu)),
+        jax.tree.leaves((-jnp.zeros_like(updates), state[0].mu, state[0].nu)),
+        strict=True,
+    ):
+        assert bits(found[1]) == bits(old[1])
+        assert bits(found[::2]) == bits(whole[::2])
+
+
+LABELS = {"table": "lazy", "head": "dense"}
+WRAPPED = {
+    "a chain, clipped before": optax.chain(optax.clip_by_global_norm(1.0), LAZY),
+    "masked": optax.chain(
+        optax.masked(LAZY, {"table": True, "head": False}),
+        optax.masked(adam_jax.adam(1e-2), {"table": False, "head": True}),
+    ),
+    "partition": optax.partition({"lazy": LAZY, "dense": adam_jax.adam(1e-2)}, LABELS),
+    "injected": optax.inject_hyperparams(
+        lambda learning_rate: adam_jax.lazy(adam_jax.adam(learning_rate))
+    )(1e-2),
+    "MultiSteps": optax.MultiSteps(LAZY, 2).gradient_transformation(),
+    "apply_if_finite": optax.apply_if_finite(LAZY, 3),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers(name):
+    """Whatever is around it, rows that no step reached stay, and the others move."""
+    tx = WRAPPED[name]
+    params = {"table": jnp.ones((5, 2)), "head": jnp.ones(3)}
+    grads = {"table": jnp.zeros((5, 2)).at[1].set(2.0), "head": jnp.full(3, 2.0)}
+    update, state, new = jax.jit(tx.update), tx.init(params), params
+    with jax.numpy_dtype_promotion("standard"):  # optax's wrappers need it
+        for _ in range(4):
+            updates, state = update(grads, state, new)
+            new = optax.apply_updates(new, updates)
+    rest = jnp.array([0, 2, 3, 4])
+    assert bits(new["table"][rest]) == bits(params["table"][rest])
+    assert jnp.all(new["table"][1] < 0.99)
+    assert jnp.all(new["head"] < 0.99)
+
+
+class Tables(nnx.Module):
+    def __init__(self):
+        self.users = nnx.Embed(6, 2, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(2, 1, rngs=nnx.Rngs(1))
+
+
+def test_flax():
+    """A batch with two users changes their rows alone, in a partition by the path."""
+    model = Tables()
+    before = jax.tree.map(np.array, nnx.state(model))
+    labels = partial(
+        jax.tree_util.tree_map_with_path, lambda path, _: "users" in jax.tree_util.keystr(path)
+    )
+    optimizers = {True: adam_jax.lazy(adam_jax.adamw(0.1)), False: adam_jax.adamw(0.1)}
+    optimizer = nnx.Optimizer(model, optax.partition(optimizers, labels), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        loss = lambda model: jnp.sum(model.head(model.users(batch)) ** 2)  # noqa: E731
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    with jax.numpy_dtype_promotion("standard"):
+        step(model, optimizer, jnp.array([1, 4]))
+        step(model, optimizer, jnp.array([1, 1]))
+    old, new = (state["users"]["embedding"][...] for state in (before, nnx.state(model)))
+    changed = [row for row in range(6) if bits(old[row]) != bits(new[row])]
+    assert changed == [1, 4]
+    assert bits(before["head"]) != bits(nnx.state(model)["head"])
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def reversed_rows(updates, params):
+    return jax.tree.map(lambda u: u[::-1], updates)
+
+
+def by_hand(updates, state, params):
+    return {"kernel": updates["kernel"][::-1]}, state
+
+
+NOT_LOCAL = {
+    "scale_by_trust_ratio": adam_jax.lamb(1e-3),
+    "cautious": adam_jax.cautious_adamw(1e-3),
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3)),
+    "int8 or int4,": adam_jax.adam(1e-3, mu_storage=storage.int8()),
+    "factored": adam_jax.adam(1e-3, nu_storage=storage.factored()),
+    "block_mean": adam_jax.adam(
+        1e-3, nu_storage=storage.block_mean(lambda path, shape: (shape[0], 1))
+    ),
+    "apply_if_finite": optax.apply_if_finite(adam_jax.adam(1e-3), 3),
+    "centralize": optax.chain(optax.centralize(), adam_jax.adam(1e-3)),
+    "reversed_rows": optax.stateless(reversed_rows),
+    "a stage": optax.GradientTransformation(lambda params: (), by_hand),
+}
+
+
+@pytest.mark.parametrize("stage", NOT_LOCAL)
+def test_what_is_not_local_is_refused_by_name(stage):
+    tx, params = adam_jax.lazy(NOT_LOCAL[stage]), {"kernel": jnp.ones((64, 128))}
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match=f"and .*{stage} does not: it has .*Put the stage outside"),
+    ):
+        tx.update(params, tx.init(params), params)
+
+
+def test_leaves_of_which_one_needs_the_other_are_refused():
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    for mixed in (
+        lambda updates, _: updates | {"a": updates["a"] + updates["b"]},
+        lambda updates, _: {"a": updates["b"], "b": updates["a"]},
+    ):
+        tx = adam_jax.lazy(optax.stateless(mixed))
+        with pytest.raises(ValueError, match="equations between several leaves"):
+            tx.update(params, tx.init(params), params)
+
+
+def test_a_part_of_a_chain_is_refused():
+    params = jnp.ones(3)
+    head = adam_jax.lazy(adam_jax.scale_by_moments())
+    with pytest.raises(TypeError, match="lazy goes around a whole chain"):
+        head.update(params, head.init(params))
+    tail = optax.chain(adam_jax.scale_by_moments(), adam_jax.lazy(adam_jax.bias_correct()))
+    with pytest.raises(TypeError, match="lazy takes plain updates, but got the Moments"):
+        tail.update(params, tail.init(params))
+
+
+def test_a_kernel_does_not_know_whole_rows():
+    tx = adam_jax.fuse(adam_jax.lazy(adam_jax.adam(1e-3)))
+    params = jnp.ones((64, 128))
+    with pytest.raises(ValueError, match="and lazy does not: it has the equation 'reduce_or'"):
+        jax.jit(tx.update)(params, tx.init(params), params)
