@@ -145,23 +145,21 @@ def check_rows(tx, shapes, dtype):
         rows = REACHED[: len(grad)].reshape(-1, *[1] * (grad.ndim - 1))
         return jnp.where(rows, grad, jnp.zeros_like(grad))
 
-    def check(found, due, old):
+    def check(*leaves):
+        found, due, old = map(np.asarray, leaves)
         if found.shape[:1] == REACHED.shape:
             assert bits(found[REACHED]) == bits(due[REACHED])
             assert bits(found[~REACHED]) == bits(old[~REACHED])
 
     lazy, params = adam_jax.lazy(tx), random_tree()
-    state = tx.init(params)
-    assert bits(state) == bits(lazy.init(params))
     with jax.numpy_dtype_promotion("standard"):
-        full = lazy.update(params, state, params)  # all rows have gradients
-        assert bits(tx.update(params, state, params)) == bits(full)
-        params, state = optax.apply_updates(params, full[0]), full[1]
+        updates, state = tx.update(params, lazy.init(params), params)
+        params = optax.apply_updates(params, updates)
         grads = jax.tree.map(reached_alone, random_tree())
         due, due_state = tx.update(grads, state, params)
         updates, new_state = lazy.update(grads, state, params)
         new, due_new = (optax.apply_updates(params, each) for each in (updates, due))
-    jax.tree.map(check, updates, due, jax.tree.map(lambda x: -jnp.zeros_like(x), updates))
+    jax.tree.map(check, updates, due, jax.tree.map(lambda x: -np.zeros_like(x), updates))
     jax.tree.map(check, new_state, due_state, state)
     jax.tree.map(check, new, due_new, params)
     counts = [x for x in jax.tree.leaves(new_state) if x.dtype == jnp.int32 and x.ndim == 0]
@@ -203,15 +201,15 @@ def steps(tx, params, gradients):
 
 @pytest.fixture
 def problem(x64):
-    rng = np.random.default_rng(1)
-    return jnp.asarray(rng.normal(size=(3, 2))), jnp.asarray(sparse_gradients(rng, 4, 3, 2, 3))
+    rng = np.random.default_rng(2)
+    return jnp.asarray(rng.normal(size=(4, 2))), jnp.asarray(sparse_gradients(rng, 4, 4, 2, 4))
 
 
 LAZY = adam_jax.lazy(adam_jax.adamw(1e-2, weight_decay=0.1))
 
 
 def test_cutting_a_leaf_into_rows_commutes(problem):
-    params, gradients = problem
+    params, gradients = problem[0], problem[1][:3]
     whole = steps(LAZY, params, gradients)
     rows = [steps(LAZY, params[i : i + 1], gradients[:, i : i + 1]) for i in range(len(params))]
     chex.assert_trees_all_equal(jnp.concatenate(rows, axis=1), whole)
