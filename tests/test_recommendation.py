@@ -39,7 +39,7 @@ def test_runs(model, baseline, small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(monkeypatch, "--model", model, "--steps", 40)
     printed = capsys.readouterr().out
-    assert "4000 ratings of 100 users, made from known factors" in printed
+    assert "4000 ratings of 100 users: made from known factors" in printed
     for name in ("adam_jax", "optax"):
         assert np.mean(losses[name][-5:]) < losses[name][0]
         assert any(
@@ -51,7 +51,7 @@ def test_runs(model, baseline, small, tmp_path, monkeypatch, capsys):
 
 def test_a_batch_changes_its_rows_alone(small):
     """Of the tables; of the network all rows."""
-    data = ratings.made_ratings(0)
+    data = ratings.made(0)
     task = recommendation.neural(data, 0)
     tx = recommendation.optimizer("neural", adam_jax.adamw, adam_jax.lazy)
     graph, params, rest = nnx.split(task.model, nnx.Param, ...)
@@ -77,7 +77,7 @@ def test_a_batch_changes_its_rows_alone(small):
 
 def test_weight_decay_of_each_table(small, monkeypatch):
     """Of a step without gradients: 0.8 of the rate for factors, 0.1 of it for biases, none lazy."""
-    task = recommendation.factors(ratings.made_ratings(0), 0)
+    task = recommendation.factors(ratings.made(0), 0)
     params = jax.tree.map(np.ones_like, nnx.state(task.model, nnx.Param))
     none = jax.tree.map(np.zeros_like, params)
     for lazy, rate in ((adam_jax.lazy, 0.0), (lambda tx: tx, 3e-3)):
@@ -90,13 +90,13 @@ def test_weight_decay_of_each_table(small, monkeypatch):
 # --- Parts ----------------------------------------------------------------------------------------
 
 
-def test_made_ratings(small):
-    data = ratings.made_ratings(0)
+def test_made(small):
+    data = ratings.made(0)
     assert set(data.ratings) == {1, 2, 3, 4, 5}
     assert len(np.unique(ratings.rated(data))) == 4_000
     assert data.users.max() + 1 == len(data.groups)
     assert data.items.max() + 1 == len(data.genres)
-    again, other = ratings.made_ratings(0), ratings.made_ratings(1)
+    again, other = ratings.made(0), ratings.made(1)
     assert np.array_equal(again.ratings, data.ratings)
     assert not np.array_equal(other.ratings, data.ratings)
 
@@ -119,7 +119,7 @@ def test_hits():
     scores[1, 1:10] = 1  # nine better, the others equal
     scores[2, 0], scores[2, 1:10] = 1, 2  # nine better
     scores[3, 0], scores[3, 1:11] = 1, 2  # ten better
-    assert recommendation.hits(scores).tolist() == [True, False, True, False]
+    assert ratings.hits(scores, 10).tolist() == [True, False, True, False]
 
 
 def test_not_rated():
@@ -133,7 +133,7 @@ def test_not_rated():
 
 
 def test_the_answers_are_the_last_ratings_and_not_trained_on(small):
-    data = ratings.made_ratings(0)
+    data = ratings.made(0)
     task = recommendation.neural(data, 0)
     last = {}
     for i in np.argsort(data.order):

@@ -22,7 +22,7 @@ class DataError(Exception):
     """A data set that cannot be used; the message is one sentence for the user."""
 
 
-def made_ratings(seed: int) -> Ratings:
+def made(seed: int) -> Ratings:
     """Ratings of 1 to 5 from known factors; liked and popular items are rated more often."""
     rng = np.random.default_rng(seed)
     groups, genres = rng.integers(KINDS, size=USERS), rng.integers(KINDS, size=ITEMS)
@@ -95,6 +95,12 @@ def means(data: Ratings) -> tuple[float, np.ndarray, np.ndarray]:
     of_item = of_each(data.items, data.ratings - mean, len(data.genres))
     rest = data.ratings - mean - of_item[data.items]
     return mean, of_each(data.users, rest, len(data.groups)), of_item
+
+
+def hits(scores: np.ndarray, best: int) -> np.ndarray:
+    """Whether the first of each row is among the best; half of its equals count as better."""
+    own, others = np.split(np.asarray(scores), [1], axis=1)
+    return np.sum(others > own, axis=1) + np.sum(others == own, axis=1) / 2 < best
 
 
 def rated(data: Ratings) -> np.ndarray:

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import ratings
 from application import OURS, THEIRS
 from flax import nnx
-from ratings import KINDS, DataError, Ratings, made_ratings, means, movielens, not_rated, rated
 
 import adam_jax
 
@@ -44,7 +44,7 @@ def table(rows: int, width: int, rngs: nnx.Rngs, size: float = 0.1) -> nnx.Embed
 class Factors(nnx.Module):
     """The mean, the biases of user and item, and the product of their factors."""
 
-    def __init__(self, data: Ratings, mean: float, rngs: nnx.Rngs):
+    def __init__(self, data: ratings.Ratings, mean: float, rngs: nnx.Rngs):
         users, items = len(data.groups), len(data.genres)
         self.mean = mean
         self.user_bias = table(users, 1, rngs, 0.0)
@@ -61,15 +61,15 @@ class Factors(nnx.Module):
 class Neural(nnx.Module):
     """NeuMF: a product of embeddings, and a network of others and the side features."""
 
-    def __init__(self, data: Ratings, rngs: nnx.Rngs):
+    def __init__(self, data: ratings.Ratings, rngs: nnx.Rngs):
         users, items = len(data.groups), len(data.genres)
         self.groups, self.genres = (nnx.Variable(jnp.array(x)) for x in data[4:])
         self.user_factors = table(users, WIDTH, rngs)
         self.item_factors = table(items, WIDTH, rngs)
         self.user_embedding = table(users, WIDTH, rngs)
         self.item_embedding = table(items, WIDTH, rngs)
-        self.group_embedding = table(KINDS, 8, rngs)
-        self.genre_embedding = table(KINDS, 8, rngs)
+        self.group_embedding = table(ratings.KINDS, 8, rngs)
+        self.genre_embedding = table(ratings.KINDS, 8, rngs)
         self.hidden = nnx.Linear(2 * WIDTH + 16, 32, rngs=rngs)
         self.last = nnx.Linear(32, WIDTH, rngs=rngs)
         self.output = nnx.Linear(2 * WIDTH, 1, rngs=rngs)
@@ -125,61 +125,55 @@ class Task(NamedTuple):
     counts: np.ndarray  # how many ratings the item of every case has
 
 
-def factors(data: Ratings, seed: int) -> Task:
+def factors(data: ratings.Ratings, seed: int) -> Task:
     """Predict the ratings that were held out."""
     order = np.random.default_rng(seed).permutation(len(data.ratings))
     held_out, train = np.split(order, [len(order) // 10])
-    users, items, ratings = (array[held_out] for array in data[:3])
-    known = Ratings(*(array[train] for array in data[:4]), *data[4:])
-    mean, of_user, of_item = means(known)
+    users, items, due = (array[held_out] for array in data[:3])
+    known = ratings.Ratings(*(array[train] for array in data[:4]), *data[4:])
+    mean, of_user, of_item = ratings.means(known)
     return Task(
         model=Factors(data, mean, nnx.Rngs(seed)),
-        loss=lambda outputs, ratings: jnp.mean((outputs - ratings) ** 2),
+        loss=lambda outputs, due: jnp.mean((outputs - due) ** 2),
         batches=application.batches(seed, BATCH, *known[:3]),
-        values=lambda model: np.asarray((predicted(model, users, items) - ratings) ** 2),
+        values=lambda model: np.asarray((predicted(model, users, items) - due) ** 2),
         metric=lambda values: float(np.sqrt(np.mean(values))),
         better=min,
         names=("squared error", "RMSE of held-out ratings", "user and item means"),
-        baseline=(mean + of_user[users] + of_item[items] - ratings) ** 2,
+        baseline=(mean + of_user[users] + of_item[items] - due) ** 2,
         counts=np.bincount(known.items, minlength=len(data.genres))[items],
     )
 
 
-def neural(data: Ratings, seed: int) -> Task:
-    """Find the item that was left out for each user, the last that they rated, among others."""
+def neural(data: ratings.Ratings, seed: int) -> Task:
+    """Find the item that was left out for each user, their last, among others."""
     rng = np.random.default_rng(seed)
     ordered = np.lexsort((data.order, data.users))
     held_out = ordered[np.append(np.diff(data.users[ordered]) > 0, True)]
     asked, answers = data.users[held_out], data.items[held_out]
     items = len(data.genres)
-    candidates = np.c_[answers, not_rated(rng, asked, OTHERS, rated(data), items)]
-    known = Ratings(*(np.delete(array, held_out) for array in data[:4]), *data[4:])
+    candidates = np.c_[answers, ratings.not_rated(rng, asked, OTHERS, ratings.rated(data), items)]
+    known = ratings.Ratings(*(np.delete(array, held_out) for array in data[:4]), *data[4:])
     counts = np.bincount(known.items, minlength=items)
 
     def batches():
         labels = np.eye(1, 1 + NEGATIVES, dtype=np.float32).repeat(BATCH, axis=0)
-        pairs = rated(known)  # without the answers, which would else be missing among the negatives
+        pairs = ratings.rated(known)  # so that answers are not missing among the negatives
         for users, liked in application.batches(seed, BATCH, known.users, known.items):
-            negatives = not_rated(rng, users, NEGATIVES, pairs, items)
+            negatives = ratings.not_rated(rng, users, NEGATIVES, pairs, items)
             yield users[:, None], np.c_[liked, negatives], labels
 
     return Task(
         model=Neural(data, nnx.Rngs(seed)),
         loss=lambda outputs, labels: optax.sigmoid_binary_cross_entropy(outputs, labels).mean(),
         batches=batches(),
-        values=lambda model: hits(np.asarray(predicted(model, asked[:, None], candidates))),
+        values=lambda model: ratings.hits(predicted(model, asked[:, None], candidates), BEST),
         metric=lambda values: float(np.mean(values)),
         better=max,
         names=("cross-entropy", f"hit rate@{BEST} among {1 + OTHERS}", "popularity"),
-        baseline=hits(counts[candidates]),
+        baseline=ratings.hits(counts[candidates], BEST),
         counts=counts[answers],
     )
-
-
-def hits(scores: np.ndarray) -> np.ndarray:
-    """Whether the first of each row is among the best; half of its equals count as better."""
-    own, others = scores[:, :1], scores[:, 1:]
-    return np.sum(others > own, axis=1) + np.sum(others == own, axis=1) / 2 < BEST
 
 
 # --- Training, picture and command line -----------------------------------------------------------
@@ -223,9 +217,7 @@ def draw(task: Task, losses: dict, values: dict, path: Path) -> None:
         right.bar(np.arange(4) + 0.27 * number, heights, 0.25, label=name, color=colors[name])
     ranges = [f"{task.counts[part].min()} to {task.counts[part].max()}" for part in parts]
     right.set_xticks(np.arange(4) + 0.135 * len(values), ranges)
-    right.set(
-        title=metric, xlabel="ratings of the item: a quarter of the cases each", ylabel=metric
-    )
+    right.set(title=metric, xlabel="ratings of the item, a quarter of the cases each")
     right.grid(alpha=0.3, axis="y")
     right.set_axisbelow(True)
     right.margins(y=0.2)  # for the legend
@@ -240,11 +232,12 @@ def main() -> None:
     made.add_argument("--data-dir", type=Path, help="a directory with a MovieLens set")
     options = application.parsed(made)
     try:
-        data = movielens(options.data_dir) if options.data_dir else made_ratings(options.seed)
-    except DataError as error:
+        directory = options.data_dir
+        data = ratings.movielens(directory) if directory else ratings.made(options.seed)
+    except ratings.DataError as error:
         made.exit(2, f"{made.prog}: {error}\n")
-    source = "read" if options.data_dir else "made from known factors"
-    print(f"{len(data.ratings)} ratings of {len(data.groups)} users, {source}")
+    source = directory or "made from known factors"
+    print(f"{len(data.ratings)} ratings of {len(data.groups)} users: {source}")
     task = TASKS[options.model](data, options.seed)
     losses, values = train(task, options.model, options.steps, options.alone)
     _, metric, baseline = task.names
