@@ -1,5 +1,6 @@
 """Reinforcement learning: what may go wrong unseen, because a pole is balanced all the same."""
 
+import copy
 import itertools
 import sys
 import threading
@@ -31,11 +32,19 @@ def as_a_user_has_it():
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture
-def learner():
+@pytest.fixture(scope="module")
+def fresh():
     with tqdm(total=10_000, disable=True) as bar:
         model = reinforcement.Network(2, nnx.Rngs(0))
         yield reinforcement.Learner(model, reinforcement.q_loss, adam_jax.adam, 1e-2, bar)
+
+
+@pytest.fixture
+def learner(fresh):
+    """One whose update is compiled once for all tests."""
+    one = copy.copy(fresh)
+    one.episodes = []
+    return one
 
 
 def transitions(rng, *shape, ended=0.0):
@@ -120,7 +129,7 @@ def test_q_after_a_cut_off_counts_and_after_a_fall_does_not():
     batch = transitions(np.random.default_rng(0), 4)
     over = batch._replace(ended=np.ones(4, bool))
     fell = over._replace(terminated=np.ones(4, bool))
-    loss = reinforcement.q_loss
+    loss = nnx.jit(reinforcement.q_loss)
     assert loss(model, target, fell) == loss(model, other, fell)
     assert loss(model, target, over) != loss(model, other, over)
     values = model(fell.observations)[np.arange(4), fell.actions]
@@ -163,7 +172,7 @@ def test_the_step_in_which_an_environment_starts_anew_teaches_nothing():
         actions=np.where(rollout.valid, rollout.actions, 1 - rollout.actions),
     )
     assert not rollout.valid.all()
-    gradients = jax.jit(nnx.grad(reinforcement.actor_critic_loss))
+    gradients = nnx.jit(nnx.grad(reinforcement.actor_critic_loss))
     assert leaves_equal(gradients(model, rollout), gradients(model, other))
     played = rollout._replace(rewards=rollout.rewards + np.float32(1))
     assert not leaves_equal(gradients(model, rollout), gradients(model, played))
@@ -218,7 +227,7 @@ def test_no_update_of_two_workers_is_lost(learner):
     gradient = jax.tree.map(jnp.ones_like, learner.params)
     params, opt_state = learner.params, learner.opt_state
     for _ in range(200):
-        params, opt_state = learner.updated(params, opt_state, gradient)
+        params, opt_state = reinforcement.updated(learner.tx, params, opt_state, gradient)
     work = lambda: [learner.apply(gradient) for _ in range(50)]  # noqa: E731
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -305,7 +314,7 @@ def test_a_run_that_ends_before_its_first_episode(tmp_path, monkeypatch, capsys)
     [
         (["--workers", "2"], "dqn has one"),
         (["--seed", "-1"], "from 0"),
-        (["--algorithm", "a3c", "--workers", "9", "--seed", "999995"], "that of the evaluation"),
+        (["--algorithm", "a3c", "--workers", "9", "--seed", "999995"], "seed of the evaluation"),
         (["--algorithm", "ppo"], "invalid choice"),
     ],
 )

@@ -16,6 +16,7 @@ import argparse
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache, partial
 from pathlib import Path
 
 import application
@@ -84,6 +85,20 @@ def chain(adam, learning_rate: float) -> optax.GradientTransformation:
     return optax.apply_if_finite(clipped, max_consecutive_errors=10)
 
 
+@cache
+def compiled(graph: nnx.GraphDef, loss):
+    """What the network gives, and the gradients of the loss: one program for both runs."""
+    outputs = jax.jit(lambda params, observations: nnx.merge(graph, params)(observations))
+    gradients = jax.jit(jax.grad(lambda params, *data: loss(nnx.merge(graph, params), *data)))
+    return outputs, gradients
+
+
+@partial(jax.jit, static_argnums=0)
+def updated(tx: optax.GradientTransformation, params, opt_state, grads):
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
 class Learner:
     """The weights, the optimizer and the history of a run.
 
@@ -94,32 +109,18 @@ class Learner:
 
     def __init__(self, model: nnx.Module, loss, adam, learning_rate: float, bar: tqdm):
         self.graph, self.params = nnx.split(model)
-        tx = chain(adam, learning_rate)
-        self.opt_state, self.learning_rate = tx.init(self.params), learning_rate
+        self.outputs, self.gradients = compiled(self.graph, loss)
+        self.tx, self.learning_rate = chain(adam, learning_rate), learning_rate
+        self.opt_state = self.tx.init(self.params)
         self.lock, self.bar, self.steps, self.stop_at = threading.Lock(), bar, 0, bar.total
         self.episodes = []  # of each: at which step it ended, its return, the learning rate then
-
-        @jax.jit
-        def outputs(params, observations):
-            return nnx.merge(self.graph, params)(observations)
-
-        @jax.jit
-        def gradients(params, *data):
-            return jax.grad(lambda params: loss(nnx.merge(self.graph, params), *data))(params)
-
-        @jax.jit
-        def updated(params, opt_state, grads):
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        self.outputs, self.gradients, self.updated = outputs, gradients, updated
 
     def greedy(self, observations: np.ndarray) -> np.ndarray:
         return np.asarray(self.outputs(self.params, observations)).argmax(axis=1)
 
     def apply(self, grads: nnx.State) -> None:
         with self.lock:
-            self.params, self.opt_state = self.updated(self.params, self.opt_state, grads)
+            self.params, self.opt_state = updated(self.tx, self.params, self.opt_state, grads)
 
     def record(self, environments: Environments, transition: Transition) -> None:
         """Count the steps, and lower the learning rate the nearer the last returns are to 500."""
@@ -277,31 +278,35 @@ def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) 
     for name, learner in runs.items():
         steps, returns, rates = np.array(learner.episodes).reshape(-1, 3).T
         means = [returns[max(0, end - 20) : end].mean() for end in range(1, len(returns) + 1)]
-        above.plot(steps, means, label=name, **STYLES[name])
-        below.plot(steps, rates, **STYLES[name])
-    for name, value in baselines.items():
-        above.axhline(value, color="0.4", linestyle=":", linewidth=1)
-        above.annotate(name, (0.01, value + 5), xycoords=("axes fraction", "data"), color="0.4")
+        above.plot(steps / 1000, means, label=name, **STYLES[name])
+        below.plot(steps / 1000, rates, **STYLES[name])
+    for (name, value), style in zip(baselines.items(), (":", "-."), strict=True):
+        above.axhline(value, label=name, color="0.4", linestyle=style, linewidth=1)
     above.set(title="Return, mean of 20 episodes", ylabel="return", ylim=(0, 1.04 * HIGHEST))
     above.legend(loc="lower right")
-    below.set(xlabel="steps of the environments", ylabel="learning rate", yscale="log")
+    highest = LEARNING_RATE[algorithm]
+    below.set(yscale="log", ylim=(highest / 120, highest * 1.2))
+    below.set(xlabel="thousand steps", ylabel="learning rate")
     for axes in (above, below):
         axes.grid(alpha=0.3)
 
     angle, velocity = np.linspace(-0.2, 0.2, 81), np.linspace(-2, 2, 81)
-    states = np.zeros((81, 81, 4), np.float32)
+    states = np.zeros((81, 81, 4), np.float32)  # the cart stands in the middle
     states[..., 2], states[..., 3] = np.meshgrid(angle, velocity)
-    outputs = np.asarray(runs[OURS].outputs(runs[OURS].params, states))
-    preference, title = outputs[..., 1] - outputs[..., 0], "Value of right, minus value of left"
+    left_and_right = np.asarray(runs[OURS].outputs(runs[OURS].params, states))
+    preference = np.diff(left_and_right)[..., 0]
+    shown, levels, title = preference, 12, "Value of right minus that of left"
     if algorithm == "a3c":
-        preference, title = jax.nn.sigmoid(preference), "Probability of pushing to the right"
+        shown, levels = 1 / (1 + np.exp(-preference)), np.linspace(0, 1, 11)
+        title = "Probability of pushing to the right"
     axes = right.subplots()
-    right.colorbar(axes.contourf(angle, velocity, preference, 12, cmap="cividis"), ax=axes)
-    border = axes.contour(angle, velocity, np.diff(outputs)[..., 0], [0], colors="white")
-    axes.clabel(border, fmt=lambda _: "either")
-    axes.plot(angle, -angle, "--", color="white", label="border of the policy written by hand")
+    right.colorbar(axes.contourf(angle, velocity, shown, levels, cmap="cividis"), ax=axes)
+    if preference.min() < 0 < preference.max():
+        axes.contour(angle, velocity, preference, [0], colors="white", linewidths=2)
+    axes.plot([], [], color="white", linewidth=2, label="border of the policy")
+    axes.plot(angle, -angle, "--", color="white", label="border of that written by hand")
     axes.set(title=title, xlabel="angle, rad", ylabel="angular velocity, rad/s")
-    axes.legend(loc="upper right", facecolor="0.3", labelcolor="white")
+    axes.legend(loc="upper right", facecolor="0.3", labelcolor="white", framealpha=1)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -331,10 +336,10 @@ def main() -> None:
 
     rng, ours = np.random.default_rng(EVALUATION_SEED), runs[OURS]
     random = evaluate(lambda observations: rng.integers(ACTIONS, size=len(observations)))
-    baselines = {"at random": random, "written by hand": evaluate(by_hand)}
+    baselines = {"random policy": random, "policy written by hand": evaluate(by_hand)}
     metric, reached = f"mean return of {EPISODES} episodes", evaluate(ours.greedy)
     for name, value in baselines.items():
-        application.report(metric, reached, f"a policy {name}", value)
+        application.report(metric, reached, f"the {name}", value)
     left_out = optax.tree.get(ours.opt_state, "total_notfinite")
     print(f"{left_out} updates left out because a gradient was not finite")
     if THEIRS in runs:
