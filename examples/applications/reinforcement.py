@@ -77,7 +77,11 @@ class ActorCritic(Network):
 
 
 def chain(adam, learning_rate: float) -> optax.GradientTransformation:
-    """The learning rate is a number in the state; the decay rates stay constants."""
+    """The learning rate is a number in the state, which a program may change between steps.
+
+    The others stay constants. Decay rates in the state might change too, and adam_jax corrects the
+    moments for that, in other arithmetic than optax: the weights would agree to 1e-7, not bitwise.
+    """
     inject = optax.inject_hyperparams(
         adam, static_args=("b1", "b2", "eps", "eps_root"), hyperparam_dtype=jnp.float32
     )
