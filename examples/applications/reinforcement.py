@@ -291,6 +291,7 @@ def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) 
     highest = LEARNING_RATE[algorithm]
     below.set(yscale="log", ylim=(highest / 120, highest * 1.2))
     below.set(xlabel="thousand steps", ylabel="learning rate")
+    below.yaxis.set_major_formatter("{x:g}")
     for axes in (above, below):
         axes.grid(alpha=0.3)
 
@@ -310,6 +311,7 @@ def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) 
     axes.plot([], [], color="white", linewidth=2, label="border of the policy")
     axes.plot(angle, -angle, "--", color="white", label="border of that written by hand")
     axes.set(title=title, xlabel="angle, rad", ylabel="angular velocity, rad/s")
+    axes.set_xticks(angle[::20])
     axes.legend(loc="upper right", facecolor="0.3", labelcolor="white", framealpha=1)
     figure.savefig(path, dpi=90)
     plt.close(figure)
