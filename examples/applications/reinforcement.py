@@ -276,7 +276,7 @@ def train(name: str, adam, options: argparse.Namespace) -> Learner:
 
 
 def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) -> None:
-    figure = plt.figure(figsize=(10, 4.5), layout="constrained")
+    figure = plt.figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subfigures(1, 2)
     above, below = left.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for name, learner in runs.items():
