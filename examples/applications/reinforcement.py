@@ -46,8 +46,8 @@ import adam_jax
 ENVIRONMENTS, STEPS = 8, 160_000  # STEPS are those of all environments together
 LEARNING_RATE = {"dqn": 5e-4, "a3c": 1e-3}
 
-# dqn: steps before the first update, steps until few actions are random; the size of a batch; for
-# each step of the eight environments so many updates, and after so many a new target network
+# dqn: steps before the first update, steps until only 4 % of the actions are random, transitions in
+# a batch, updates after each step of the eight environments, updates with the same target network
 WARM_UP, EXPLORATION, BATCH, UPDATES, RENEWAL = 1_000, 10_000, 64, 2, 32
 # a3c: steps of each environment for an update, GAE's lambda, the weight of the entropy
 ROLLOUT, TRACE, ENTROPY = 16, 0.95, 0.01
@@ -176,7 +176,7 @@ class Replay:
 
 
 def q_loss(model: Network, target: nnx.State, batch: Transition) -> jax.Array:
-    """Huber's loss; the network chooses the next action, the target network says its value."""
+    """Huber's loss. The network chooses the next action, the target network says its value."""
     chosen = model(batch.next_observations).argmax(axis=-1)
     values = nnx.merge(nnx.graphdef(model), target)(batch.next_observations)
     following = jnp.where(batch.terminated, 0, pick(values, chosen))
@@ -236,7 +236,7 @@ def actor_critic_loss(model: ActorCritic, rollout: Transition) -> jax.Array:
 
 
 def a3c(learner: Learner, environments: Environments, rng: np.random.Generator) -> None:
-    """One worker, that plays and takes gradients with the weights that it began with."""
+    """One worker: it plays, and takes its gradients, with the weights from before the rollout."""
     while learner.steps < learner.stop_at:
         params, rollout = learner.params, []
         for _ in range(ROLLOUT):
