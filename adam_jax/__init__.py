@@ -3,7 +3,8 @@
 gradient ──scale_by_moments──▶ Moments ──bias_correct──▶ direction ──scale_by_lr──▶ update
 """
 
-from adam_jax import storage
+from adam_jax import basis, storage
+from adam_jax.basis import in_basis
 from adam_jax.correction import (
     MixSlowMomentState,
     NesterovState,
@@ -108,6 +109,9 @@ __all__ = [
     "compensate",
     # a stage whose output is computed apart from its state: one kernel a leaf on a CPU
     "recompute",
+    # a chain in another basis of every matrix: SOAP, GaLore
+    "in_basis",
+    "basis",
     # a chain as one kernel a leaf, on a GPU and a TPU
     "fuse",
     "fused_step",

@@ -1,0 +1,339 @@
+"""Chains in another basis: SOAP and GaLore as published, and the laws of a change of basis."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from support import TOLERANCES, assert_close
+
+import adam_jax
+from adam_jax import storage
+from adam_jax.basis import Basis, SingularVectors, eigenvectors, singular_vectors
+
+RNG = np.random.default_rng(0)
+
+
+def fixed(left=None, right=None):
+    """A basis of two given matrices, for leaves of their shape."""
+
+    def init(shape, dtype):
+        fits = len(shape) == 2 and (left is None or shape[0] == len(left))
+        made = [None if side is None else jnp.asarray(side, dtype) for side in (left, right)]
+        return SingularVectors(*made) if fits and made != [None, None] else None
+
+    return Basis(
+        parts=SingularVectors,
+        init=init,
+        sides=tuple,
+        gather=lambda parts, grad: parts,
+        renew=lambda parts, grad, first: parts,
+        every=1,
+        follows=False,
+    )
+
+
+def orthogonal(n):
+    return np.linalg.qr(RNG.normal(size=(n, n)))[0]
+
+
+def trajectory(tx, params, grads):
+    """The parameters after each step."""
+    state, update, path = tx.init(params), jax.jit(tx.update), []
+    for grad in grads:
+        updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path, state
+
+
+# --- As published ---------------------------------------------------------------------------------
+
+
+def soap(gradients, lr=3e-3, b1=0.95, b2=0.98, eps=1e-8, beta=0.95, every=3):
+    """Vyas et al. 2024, algorithms 3 and 4, with Adam's bias correction, as in the authors' code.
+
+    There, too, the first gradient only finds the basis.
+    """
+    first = gradients[0]
+    shape = first.shape
+    weights, mean, square = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    left, right = (1 - beta) * first @ first.T, (1 - beta) * first.T @ first
+    u, w = np.linalg.eigh(left)[1], np.linalg.eigh(right)[1]
+    yield weights
+    for t, grad in enumerate(gradients[1:], 1):
+        turned = u.T @ grad @ w
+        mean = b1 * mean + (1 - b1) * grad
+        square = b2 * square + (1 - b2) * turned**2
+        step = u.T @ mean @ w / (1 - b1**t) / (np.sqrt(square / (1 - b2**t)) + eps)
+        weights = weights - lr * u @ step @ w.T
+        yield weights
+        left = beta * left + (1 - beta) * grad @ grad.T
+        right = beta * right + (1 - beta) * grad.T @ grad
+        if t % every == 0:
+            u, w = np.linalg.qr(left @ u)[0], np.linalg.qr(right @ w)[0]
+
+
+def galore(gradients, rank=2, every=4, lr=1e-2, b1=0.9, b2=0.999, eps=1e-8):
+    """Zhao et al. 2024, algorithm 2, for either of the two sides."""
+    weights, mean, square = np.zeros(gradients[0].shape), 0.0, 0.0
+    for t, grad in enumerate(gradients):
+        u, _, wh = np.linalg.svd(grad)
+        if t % every == 0:
+            p, w = u[:, :rank], wh[:rank].T
+        left = grad.shape[0] <= grad.shape[1]
+        small = p.T @ grad if left else grad @ w
+        mean, square = b1 * mean + (1 - b1) * small, b2 * square + (1 - b2) * small**2
+        step = mean / (1 - b1 ** (t + 1)) / (np.sqrt(square / (1 - b2 ** (t + 1))) + eps)
+        weights = weights - lr * (p @ step if left else step @ w.T)
+        yield weights
+
+
+PUBLISHED = {
+    "SOAP": (adam_jax.in_basis(eigenvectors(every=3), adam_jax.adam(3e-3, b1=0.95, b2=0.98)), soap),
+    "GaLore": (adam_jax.in_basis(singular_vectors(2, every=4), adam_jax.adam(1e-2)), galore),
+}
+each_method = pytest.mark.parametrize("name", PUBLISHED)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(4, 5), (5, 4)])  # eigenvectors of 0 would be arbitrary
+def test_as_published(name, shape, x64):
+    tx, algorithm = PUBLISHED[name]
+    gradients = [RNG.normal(size=shape) * np.arange(1, 1 + shape[1]) for _ in range(15)]
+    path, _ = trajectory(tx, jnp.zeros(shape), gradients)
+    for found, due in zip(path, algorithm(gradients), strict=True):
+        assert_close(found, due, "reference")
+
+
+@each_method
+def test_a_batch_of_matrices_is_each_of_them(name, x64):
+    tx, _ = PUBLISHED[name]
+    gradients = RNG.normal(size=(9, 2, 2, 4, 5))
+    together, _ = trajectory(tx, jnp.zeros((2, 2, 4, 5)), gradients)
+    for i, j in ((0, 0), (1, 0), (1, 1)):
+        alone, _ = trajectory(tx, jnp.zeros((4, 5)), gradients[:, i, j])
+        assert_close([p[i, j] for p in together], alone, "reference")
+
+
+def test_a_turned_problem_is_as_easy_as_it_was():
+    """A quadratic whose axes are those of no element: Adam needs its axes, SOAP finds them."""
+    u, w = orthogonal(12), orthogonal(8)
+    scale = np.logspace(0, 2, 12)[:, None] * np.logspace(0, 1, 8)[None]
+    noise = jnp.asarray(RNG.normal(size=(400, 12, 8)), "float32")
+
+    def last_loss(tx):
+        def step(carry, noise):
+            params, state = carry
+            there = u.T @ params @ w
+            grad = u @ (scale * there + np.sqrt(scale) * noise * 0.1) @ w.T
+            updates, state = tx.update(grad.astype("float32"), state, params)
+            return (params + updates, state), jnp.sum(scale * there**2)
+
+        params = jnp.ones((12, 8))
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedules need it
+            losses = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), noise)[1])()
+        return float(losses[-20:].mean())
+
+    rate = optax.cosine_decay_schedule(0.05, 400)
+    chain = adam_jax.adam(rate, b1=0.9, b2=0.99)
+    assert last_loss(adam_jax.in_basis(eigenvectors(), chain)) < last_loss(chain) / 2
+
+
+# --- Laws -----------------------------------------------------------------------------------------
+
+PARAMS = {
+    "kernel": RNG.normal(size=(6, 5)),
+    "bias": RNG.normal(size=5),
+    "scale": np.float64(0.5),
+    "empty": np.zeros((0, 3)),
+    "none": None,
+}
+
+
+def tree(dtype="float32"):
+    return jax.tree.map(lambda p: jnp.asarray(p, dtype), PARAMS)
+
+
+def gradients(params, steps=5):
+    make = lambda p: jnp.asarray(RNG.normal(size=p.shape), p.dtype)  # noqa: E731
+    return [jax.tree.map(make, params) for _ in range(steps)]
+
+
+def test_the_identity_is_the_chain():
+    params = tree()
+    grads = gradients(params)
+    tx = adam_jax.adamw(1e-2)
+    due = trajectory(tx, params, grads)
+    found, state = trajectory(adam_jax.in_basis(fixed(), tx), params, grads)
+    chex.assert_trees_all_equal((found, state.inner), due)
+
+
+def test_descent_is_the_same_in_an_orthogonal_basis(x64):
+    params = tree("float64")
+    grads = gradients(params)
+    tx = adam_jax.in_basis(fixed(orthogonal(6), orthogonal(5)), adam_jax.sgd(0.1))
+    found, _ = trajectory(tx, params, grads)
+    due, _ = trajectory(adam_jax.sgd(0.1), params, grads)
+    assert_close(found, due, "reference")
+
+
+def test_a_permutation_commutes_with_elementwise_chains():
+    params = tree()
+    grads = gradients(params)
+    order = (np.eye(6)[RNG.permutation(6)], np.eye(5)[RNG.permutation(5)])
+    tx = adam_jax.nadamw(1e-2)
+    found, _ = trajectory(adam_jax.in_basis(fixed(*order), tx), params, grads)
+    due, _ = trajectory(tx, params, grads)
+    chex.assert_trees_all_close(found, due, rtol=TOLERANCES["contracted"].rtol, atol=1e-7)
+
+
+@each_method
+def test_vectors_and_what_is_left_out_take_the_chain(name):
+    """But for the first step, which with SOAP only finds the basis."""
+    params = tree() | {"long": jnp.ones((2, 9, 1)), "kernel": None}
+    basis = {"SOAP": eigenvectors(largest=8), "GaLore": singular_vectors(1)}[name]
+    tx, grads = adam_jax.adam(1e-2), gradients(params)
+    skipped = int(basis.follows)
+    due, _ = trajectory(tx, params, grads[skipped:])
+    found, _ = trajectory(adam_jax.in_basis(basis, tx), params, grads)
+    chex.assert_trees_all_equal(found[skipped:], due)
+
+
+def test_first_moments_turn_with_the_basis(x64):
+    """In the leaf's own basis they are what they are without any: they are linear."""
+    b1, shape = 0.9, (4, 6)
+    tx = adam_jax.in_basis(
+        eigenvectors(every=1),
+        optax.chain(adam_jax.scale_by_moments(b1, None), adam_jax.first_moment()),
+    )
+    grads = RNG.normal(size=(7, *shape))
+    state = tx.init(jnp.zeros(shape))
+    mean = np.zeros(shape)
+    for t, grad in enumerate(grads):
+        update, state = jax.jit(tx.update)(jnp.asarray(grad), state)
+        mean = mean if t == 0 else b1 * mean + (1 - b1) * grad
+        assert_close(update, mean, "reference")
+
+
+@each_method
+def test_scan_and_vmap(name, x64):
+    tx, _ = PUBLISHED[name]
+    params = {"kernel": jnp.asarray(RNG.normal(size=(6, 5))), "bias": jnp.zeros(5)}
+    grads = gradients(params, steps=4)
+
+    def step(carry, grad):
+        params, state = carry
+        updates, state = tx.update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+    run = lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads)  # noqa: E731
+    due, _ = trajectory(tx, params, grads)
+    assert_close(jax.tree.map(lambda x: x[-1], jax.jit(run)(params, stacked)[1]), due[-1], "fused")
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), (params, stacked))
+    found = jax.jit(jax.vmap(run))(*several)[1]
+    assert_close(jax.tree.map(lambda x: x[1, -1], found), due[-1], "fused")
+
+
+@each_method
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
+def test_dtypes_and_shapes_stay(name, dtype):
+    tx, _ = PUBLISHED[name]
+    params = tree(dtype)
+    state = tx.init(params)
+    described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(5):
+            updates, new = jax.jit(tx.update)(gradients(params, 1)[0], state, params)
+            assert described(updates) == described(params)
+            assert described(new) == described(state)
+            state = new
+    chex.assert_tree_all_finite((updates, state))
+
+
+def test_complex_descent_in_eigenvectors():
+    """They are unitary: U U^H is the identity."""
+    make = lambda: jnp.asarray(RNG.normal(size=(4, 5, 2)) @ np.array([1, 1j]), "complex64")  # noqa: E731
+    grads = [make() for _ in range(6)]
+    found, _ = trajectory(
+        adam_jax.in_basis(eigenvectors(every=1), adam_jax.sgd(0.1)), jnp.zeros_like(grads[0]), grads
+    )
+    due, _ = trajectory(adam_jax.sgd(0.1), jnp.zeros_like(grads[0]), grads[1:])
+    chex.assert_trees_all_close(found[1:], due, rtol=1e-5, atol=TOLERANCES["contracted"].atol)
+
+
+# --- Used -----------------------------------------------------------------------------------------
+
+
+@each_method
+def test_in_a_framework_and_in_wrappers(name):
+    """Flax NNX rebuilds the state; MultiSteps, apply_if_finite and a mask go around it."""
+    tx, _ = PUBLISHED[name]
+    wrapped = optax.apply_if_finite(
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.masked(tx, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+        ),
+        3,
+    )
+    model = nnx.Linear(6, 5, use_bias=False, rngs=nnx.Rngs(0))
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer = nnx.Optimizer(model, optax.MultiSteps(wrapped, 2), wrt=nnx.Param)
+
+        @nnx.jit
+        def train_step(model, optimizer):
+            loss, grads = nnx.value_and_grad(lambda model: jnp.sum(model(jnp.ones((2, 6))) ** 2))(
+                model
+            )
+            optimizer.update(model, grads)
+            return loss
+
+        losses = [train_step(model, optimizer) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+def test_bytes_of_galore():
+    """Rank 64 of a 1024 × 4096 matrix: two moments of 64 rows and the vectors."""
+    tx = adam_jax.in_basis(singular_vectors(64), adam_jax.adam(1e-3))
+    state = jax.eval_shape(tx.init, jnp.zeros((1024, 4096)))
+    large = sum(x.size * 4 for x in jax.tree.leaves(state) if x.ndim)
+    assert large == 4 * (2 * 64 * 4096 + 1024 * 64)
+
+
+def test_second_moments_in_8_bits():
+    params = {"kernel": jnp.ones((64, 80))}
+    tx = adam_jax.in_basis(
+        eigenvectors(), adam_jax.adam(1e-2, mu_storage=jnp.bfloat16, nu_storage=storage.int8())
+    )
+    path, state = trajectory(tx, params, gradients(params, 4))
+    assert state.inner[0].nu.codes["kernel"].dtype.itemsize == 1
+    assert jnp.all(path[-1]["kernel"] != path[0]["kernel"])
+
+
+# --- Refused --------------------------------------------------------------------------------------
+
+
+def test_refusals():
+    with pytest.raises(TypeError, match=r"adam_jax\.basis, such as eigenvectors"):
+        adam_jax.in_basis(adam_jax.adam(1e-3), eigenvectors())
+    tx = adam_jax.in_basis(eigenvectors(), adam_jax.adam(1e-3, mu_storage=storage.int8()))
+    with pytest.raises(ValueError, match=r"codes at .*kernel.* cannot be turned"):
+        tx.init({"kernel": jnp.ones((64, 80))})
+    tx = adam_jax.in_basis(eigenvectors(), adam_jax.scale_by_moments())
+    with pytest.raises(TypeError, match="in_basis takes plain updates"):
+        tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))))
+    for make, message in (
+        (lambda: eigenvectors(1.0), "decay must be in"),
+        (lambda: eigenvectors(every=0), "every must be positive"),
+        (lambda: eigenvectors(largest=-1), "largest must be positive"),
+        (lambda: singular_vectors(0), "rank must be positive"),
+        (lambda: singular_vectors(2, every=0), "every must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(TypeError, match="rank must be an integer"):
+        singular_vectors(0.5)
