@@ -3,7 +3,7 @@
 gradient ──scale_by_moments──▶ Moments ──bias_correct──▶ direction ──scale_by_lr──▶ update
 """
 
-from adam_jax import basis, storage
+from adam_jax import basis, storage, tasks
 from adam_jax.basis import in_basis
 from adam_jax.correction import (
     MixSlowMomentState,

@@ -232,13 +232,13 @@ def to_updates(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        return map_moments(stage, inside, updates, _beside(updates, params)), state
+        return map_moments(stage, inside, updates, params_beside(updates, params)), state
 
     return optax.GradientTransformationExtraArgs(_no_state, update_fn)
 
 
-def _beside(updates: optax.Updates, params: Any) -> Any:
-    """The parameter of every `Moments`; None where there is none or the tree is another one."""
+def params_beside(updates: optax.Updates, params: Any) -> Any:
+    """The parameter of every leaf; None where there is none or the tree is another one."""
     structure: Any = jax.tree.structure(updates, is_leaf=_is_moments)
     try:
         structure.flatten_up_to(params)
