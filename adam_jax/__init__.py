@@ -77,6 +77,8 @@ __all__ = [
     # the signal
     "Moments",
     "Average",
+    # gradients of several tasks to one gradient: a module of stages
+    "tasks",
     # gradients to moments, and the rules for the second one (`moments.yogi` is the fifth)
     "scale_by_moments",
     "squared",

@@ -36,6 +36,12 @@ TOLERANCES = {
     "centered": Tolerance(
         1e-9, 1e-9, "float64: v - m**2 cancels where the gradient is steady, then its root"
     ),
+    "minimum": Tolerance(
+        1e-6,
+        1e-6,
+        "float64: where a function is least it is flat, which hides half of the digits; gradients "
+        "of norm 1 at most",
+    ),
     "fused": Tolerance(
         1e-12,
         1e-15,

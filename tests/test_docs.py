@@ -26,9 +26,12 @@ def test_readme_blocks_run():
 
 STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean",
             "transformer_blocks", "report"]  # fmt: skip
+TASKS = ["gram", "combine", "weighted", "mgda", "cagrad", "pcgrad", "aligned_mtl", "gradnorm",
+         "per_task", "WeightedState", "PcgradState", "GradnormState"]  # fmt: skip
+MODULES = [f"storage.{name}" for name in STORAGES] + [f"tasks.{name}" for name in TASKS]
 
 
-@pytest.mark.parametrize("name", adam_jax.__all__ + [f"storage.{name}" for name in STORAGES])
+@pytest.mark.parametrize("name", adam_jax.__all__ + MODULES)
 def test_public_docstrings(name):
     """One line of what; functions also their arguments, result, example and source.
 
