@@ -165,7 +165,7 @@ def draw_accuracies(found: dict[str, np.ndarray], path: Path) -> None:
         axes.scatter(*both.T, s=25, alpha=0.45, **look)
         axes.scatter(*both.mean(axis=0), s=110, edgecolor="black", label=name, **look)
     axes.set(
-        title="Two digits, one network: large the mean of the seeds, small each of them",
+        title="Large: the mean of the seeds",
         xlabel="left digit correct, %", ylabel="right digit correct, %",
     )  # fmt: skip
     axes.grid(alpha=0.3)
@@ -218,7 +218,7 @@ def toy_paths(combination: optax.GradientTransformation) -> np.ndarray:
 
 def draw_toy(path: Path) -> None:
     figure, row = plt.subplots(
-        1, 4, figsize=(13, 3.7), layout="constrained", sharex=True, sharey=True
+        1, 4, figsize=(13, 4.1), layout="constrained", sharex=True, sharey=True
     )
     grid = np.meshgrid(np.linspace(-11, 11, 200), np.linspace(-11, 11, 200))
     heights = np.asarray(toy(jnp.asarray(grid))).mean(axis=0)
@@ -229,12 +229,14 @@ def draw_toy(path: Path) -> None:
     for axes, (name, combination) in zip(row, TOY_METHODS.items(), strict=True):
         paths = toy_paths(combination)
         axes.contour(*grid, heights, 14, colors="0.75", linewidths=0.8, linestyles="solid")
-        axes.plot([-7, 7], [DEEPEST] * 2, color="0.45", linewidth=5, solid_capstyle="butt")
-        axes.plot(0, DEEPEST, "k*", markersize=13, zorder=3)
-        for start in range(len(STARTS)):
-            axes.plot(*paths[:, start].T, color="#d55e00", linewidth=1.6)
-            axes.plot(*paths[0, start], "ko", markersize=6)
-            axes.plot(*paths[-1, start], "s", color="#0072b2", markersize=7, zorder=4)
+        axes.plot(paths[..., 0], paths[..., 1], color="#d55e00", linewidth=1.6)
+        pareto = {"color": "0.45", "linewidth": 5, "solid_capstyle": "butt"}
+        marks = [
+            axes.plot(*STARTS.T, "ko", markersize=6, label="start")[0],
+            axes.plot(*paths[-1].T, "s", color="#0072b2", label=f"after {TOY_STEPS:,} steps")[0],
+            axes.plot([-7, 7], [DEEPEST] * 2, **pareto, zorder=1, label="no step helps both")[0],
+            axes.plot(0, DEEPEST, "k*", markersize=13, zorder=3, label="least mean of both")[0],
+        ]
         axes.set(title=name, xlabel="x1")
         ends = ", ".join(
             f"({x:.1f}, {y:.1f}) {np.asarray(toy(jnp.array([x, y]))).mean():.1f}"
@@ -242,6 +244,7 @@ def draw_toy(path: Path) -> None:
         )
         print(f"  {name:<17} ends at {ends}")
     row[0].set(ylabel="x2")
+    figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False)
     save(figure, path)
 
 
