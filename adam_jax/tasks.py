@@ -14,8 +14,8 @@ and any chain follows::
     updates, state = tx.update(jax.jacrev(losses)(params), state, params)
 
 The methods differ in how they come from the inner products :math:`\langle g_i, g_j \rangle`, the
-k × k matrix that `gram` computes once, to the k weights that `combine` takes. All keep the size of
-a gradient: what k equal tasks give is the task.
+k × k matrix that `gram` computes, to the k weights that `combine` takes; so can one of your own.
+All keep the size of a gradient: what k equal tasks give is the task.
 
 - A network with a head for each task is combined where it is shared, and each head gets the
   gradient of its own task, by ``optax.partition({"shared": mgda(), "heads": weighted([1, 1])}, …)``
@@ -231,14 +231,14 @@ def _check_weights(weights: Any) -> jax.Array:
 
 
 def mgda() -> optax.GradientTransformationExtraArgs:
-    r"""The shortest of all convex combinations: as much descent for every task as for any other.
+    r"""The shortest of all convex combinations, which descends for every task.
 
     .. math:: d = \sum_i w_i g_i, \qquad
               w = \arg\min \Big\{ \Big\| \sum_i w_i g_i \Big\| : w_i \ge 0, \sum_i w_i = 1 \Big\}
 
-    It descends for every task, :math:`\langle g_i, d \rangle \ge \|d\|^2`, and is 0 where no step
-    descends for all, even if the mean of the losses could still fall much. The smallest gradients
-    count most; `per_task` can bring them to one size before.
+    Every :math:`\langle g_i, d \rangle` is at least :math:`\|d\|^2`, and where no step descends for
+    all tasks the update is 0, even if the mean of the losses could still fall much. The smallest
+    gradients count most; `per_task` can bring all to one size before.
 
     The point is exact but for rounding. Weight goes from one task to another, as much as shortens
     the sum most (Frank and Wolfe's steps, in pairs), and then all that take part go where they have
@@ -383,8 +383,8 @@ def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     .. math:: g_i' \leftarrow g_i' - \frac{\min(0, \langle g_i', g_j \rangle)}{\|g_j\|^2} g_j
               \text{ for all } j \ne i \text{ in random order}, \qquad d = \frac 1k \sum_i g_i'
 
-    It never gives two tasks a step that climbs for one of them; for more it may. The order is a
-    function of the seed and the step count: the same run draws the same, on one device or on many.
+    With two tasks the step climbs for neither; with more it may. The order is a function of the
+    seed and the step count: the same run draws the same, on one device or on many.
 
     Args:
       seed: an integer that starts the random order. Default 0.
