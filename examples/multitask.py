@@ -100,13 +100,14 @@ METHODS = {
 }
 
 
-def train(tx: optax.GradientTransformation, data: Data, seeds: int, steps: int, bar: tqdm):
+def train(tx: optax.GradientTransformation, data: Data, options: argparse.Namespace, bar: tqdm):
     """The accuracies of both digits for every seed, shape (seeds, 2)."""
     graph, _ = nnx.split(Network(nnx.Rngs(0)))
     images, labels = jnp.asarray(data.train_images), jnp.asarray(data.train_labels)
 
     def losses(params, images, labels):
         values = jax.vmap(cross_entropy)(nnx.merge(graph, params)(images), labels)
+        values = values * jnp.array([1.0, options.scale])
         return values, values
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -127,11 +128,11 @@ def train(tx: optax.GradientTransformation, data: Data, seeds: int, steps: int, 
         return jnp.mean(jnp.argmax(outputs, axis=-1) == test[1], axis=1)
 
     accuracies = []
-    for seed in range(seeds):
+    for seed in range(options.seeds):
         params = nnx.state(Network(nnx.Rngs(seed)), nnx.Param)
         state = tx.init(params)
-        keys = jax.random.split(jax.random.key(seed + 1), steps)
-        for start in range(0, steps, CHUNK):
+        keys = jax.random.split(jax.random.key(seed + 1), options.steps)
+        for start in range(0, options.steps, CHUNK):
             params, state = chunk(params, state, keys[start : start + CHUNK])
             bar.update(len(keys[start : start + CHUNK]))
         accuracies.append(np.asarray(accuracy(params)))
@@ -259,6 +260,12 @@ def main() -> None:
         "--steps", type=positive, default=2000, help="training steps (default: %(default)s)"
     )
     parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of the right digit's loss: who is disturbed by it? (default: %(default)s)",
+    )
+    parser.add_argument(
         "--directory", type=Path, default=Path(),
         help="where to write multitask.png and multitask-toy.png (default: here)",
     )  # fmt: skip
@@ -269,9 +276,10 @@ def main() -> None:
     with tqdm(total=len(METHODS) * options.seeds * options.steps, unit="step") as bar:
         for name, tx in METHODS.items():
             bar.set_description(name)
-            found[name] = train(tx, data, options.seeds, options.steps, bar)
+            found[name] = train(tx, data, options, bar)
     print(
-        f"two overlaid digits, {options.steps} batches of {BATCH}, {options.seeds} seeds; "
+        f"two overlaid digits, {options.steps} batches of {BATCH}, {options.seeds} seeds, "
+        f"the right digit's loss times {options.scale:g}; "
         f"{time.perf_counter() - start:.0f} s on {hardware()}"
     )
     print(table(found))
