@@ -263,7 +263,7 @@ def main() -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="of the right digit's loss: who is disturbed by it? (default: %(default)s)",
+        help="a factor on the right digit's loss, which disturbs some methods (default: %(default)s)",
     )
     parser.add_argument(
         "--directory", type=Path, default=Path(),
