@@ -263,7 +263,7 @@ def main() -> None:
         "--scale",
         type=float,
         default=1.0,
-        help="a factor on the right digit's loss, which disturbs some methods (default: %(default)s)",
+        help="a factor on the right digit's loss, which some methods mind (default: %(default)s)",
     )
     parser.add_argument(
         "--directory", type=Path, default=Path(),
