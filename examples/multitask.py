@@ -152,7 +152,6 @@ def table(found: dict[str, np.ndarray]) -> str:
 
 
 MARKERS = dict(zip(list(METHODS)[2:], "os^Dv*P", strict=True))
-COLORS = dict(zip(MARKERS, plt.get_cmap("tab10").colors, strict=False))
 
 
 def draw_accuracies(found: dict[str, np.ndarray], path: Path) -> None:
@@ -160,9 +159,9 @@ def draw_accuracies(found: dict[str, np.ndarray], path: Path) -> None:
     style = {"color": "black", "linestyle": "--", "linewidth": 1}
     axes.axvline(100 * found["left alone"][:, 0].mean(), **style)
     axes.axhline(100 * found["right alone"][:, 1].mean(), **style, label="each digit alone")
-    for name, marker in MARKERS.items():
+    for number, (name, marker) in enumerate(MARKERS.items()):
         both = 100 * found[name]
-        look = {"marker": marker, "color": COLORS[name]}
+        look = {"marker": marker, "color": f"C{number}"}
         axes.scatter(*both.T, s=25, alpha=0.45, **look)
         axes.scatter(*both.mean(axis=0), s=110, edgecolor="black", label=name, **look)
     axes.set(

@@ -1,5 +1,6 @@
 """Several losses: the laws of their combinations, and the papers' algorithms in NumPy."""
 
+import argparse
 import functools
 import itertools
 import pickle
@@ -20,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from mnist import Data
 from scipy import optimize
 from support import assert_close
+from tqdm import tqdm
 
 import adam_jax
 from adam_jax import tasks
@@ -468,7 +470,6 @@ def stages(k):
     direction = optax.chain(adam_jax.scale_by_moments(), adam_jax.bias_correct())
     return {
         "pcgrad": tasks.pcgrad(),
-        "aligned_mtl": tasks.aligned_mtl(),
         "gradnorm": tasks.gradnorm(k),
         "mgda of directions": optax.chain(tasks.per_task(k, direction), tasks.mgda()),
     }
@@ -719,6 +720,7 @@ def test_the_two_losses_of_cagrad(monkeypatch):
     """As the paper says: MGDA stops where it meets the Pareto set, CAGrad goes on to the mean's
     minimum. (The start below; the others take ten times as many steps.)"""
     monkeypatch.setattr(multitask, "TOY_STEPS", 12_000)
+    monkeypatch.setattr(multitask, "TOY_RECORDED", 1)
     monkeypatch.setattr(multitask, "STARTS", multitask.STARTS[1:2])
     ends = {
         name: multitask.toy_paths(multitask.TOY_METHODS[name])[-1, 0]
@@ -731,26 +733,42 @@ def test_the_two_losses_of_cagrad(monkeypatch):
     assert abs(ends["CAGrad, c = 0.5"][0]) < 0.5
 
 
-def test_the_example(tmp_path, monkeypatch, capsys):
-    """Two methods on a few digits: the table and both pictures."""
+def test_the_example_trains(monkeypatch):
+    """The method that needs the losses, on a few digits."""
     rng = np.random.default_rng(0)
     digits = [rng.random((40, 28, 28), np.float32), rng.integers(0, 10, 40, np.int32)]
-    monkeypatch.setattr(multitask, "shipped_digits", lambda: Data(*digits, *digits))
-    both = {name: multitask.METHODS[name] for name in ("left alone", "right alone")}
-    monkeypatch.setattr(multitask, "METHODS", both)
-    monkeypatch.setattr(multitask, "MARKERS", {"left alone": "o", "right alone": "s"})
-    monkeypatch.setattr(multitask, "TOY_METHODS", {"MGDA": tasks.mgda()})
-    monkeypatch.setattr(multitask, "TOY_STEPS", 1000)
     monkeypatch.setattr(multitask, "CHUNK", 2)
-    short = ["multitask.py", "--seeds=1", "--steps=2", f"--directory={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", short)
+    options = argparse.Namespace(seeds=2, steps=4, scale=0.1)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        tx = multitask.METHODS["gradnorm"]
+        found = multitask.train(tx, Data(*digits, *digits), options, tqdm(disable=True))
+    assert found.shape == (2, 2)
+    assert np.all((found > 0) & (found < 1))
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_the_example_reports(tmp_path, monkeypatch, capsys):
+    """A row for every method, and both pictures."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(multitask, "train", lambda tx, data, options, bar: rng.random((3, 2)))
+    monkeypatch.setattr(multitask, "shipped_digits", lambda: None)
+    monkeypatch.setattr(multitask, "toy_paths", lambda combination: rng.random((9, 3, 2)))
+    monkeypatch.setattr(sys, "argv", ["multitask.py", f"--directory={tmp_path}"])
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         multitask.main()
     printed = capsys.readouterr().out
-    assert re.search(r"\| each alone \| \d+\.\d% \(", printed)
+    rows = re.findall(r"^\| ([\w' ]+) \| \d+\.\d% \(\d+\.\d–\d+\.\d\) \|", printed, re.MULTILINE)
+    assert rows == ["each alone", *list(multitask.METHODS)[2:]]
     assert re.search(r"MGDA +ends at \(", printed)
     for picture in ("multitask.png", "multitask-toy.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_refuses_a_missing_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["multitask.py", f"--directory={tmp_path / 'nowhere'}"])
+    with pytest.raises(SystemExit):
+        multitask.main()
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_overlaid_digits():
