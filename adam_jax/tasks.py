@@ -25,7 +25,7 @@ All keep the size of a gradient: what k equal tasks give is the task.
   parameters go around what follows: ``optax.chain(mgda(), optax.apply_if_finite(adam(1e-3), 3))``.
 - Sharded leaves: the inner products are those of the whole leaves, under `jax.jit` and inside
   `jax.shard_map`, where the type of a leaf tells over which axes of the mesh it is split. (With
-  ``check_vma=False`` it does not, which is an error.)
+  ``check_vma=False``, and so in `jax.pmap`, it does not, which is an error.)
 - Arithmetic is done in at least float32. The inner product of complex gradients is its real part.
 """
 
@@ -97,7 +97,8 @@ def _over_devices(total: jax.Array, leaf: jax.Array) -> jax.Array:
     if manual and not _varies(jax.lax.axis_index(manual[0])):
         raise ValueError(
             "The inner products of gradients need to know which leaves are split over devices: "
-            "give jax.shard_map check_vma=True, its default, or combine the tasks outside of it."
+            "give jax.shard_map check_vma=True, its default, or combine the tasks outside of it. "
+            "(jax.pmap is a shard_map without: use jax.jit or jax.shard_map in its place.)"
         )
     axes = _varies(leaf)
     return jax.lax.psum(total, axes) if axes else total
