@@ -58,15 +58,16 @@ def vector(update):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def first_step(method, matrix, c):
-    """Of a method, as a function of the gradients."""
-    stage = tasks.cagrad(c) if method == "cagrad" else METHODS[method](len(matrix))
-    grads, losses = tree(matrix), jnp.ones(len(matrix))
-    return stage.update(grads, stage.init(None), value=losses)[0]
+def first_step(method, grads, c):
+    """Of a method, as a function of the gradients, of which each leaf has the axis of tasks."""
+    k = len(jax.tree.leaves(grads)[0])
+    stage = tasks.cagrad(c) if method == "cagrad" else METHODS[method](k)
+    return stage.update(grads, stage.init(None), value=jnp.ones(k))[0]
 
 
 def combined(method, matrix, dtype=float, c=0.5):
-    return vector(first_step(method, jnp.asarray(matrix, dtype), jnp.asarray(c, float)))
+    """What a method makes of the rows of a matrix."""
+    return np.asarray(first_step(method, jnp.asarray(matrix, dtype), jnp.asarray(c, float)))
 
 
 @st.composite
@@ -303,6 +304,14 @@ def test_one_task_is_the_identity(method, size):
 def test_equal_tasks_are_the_task(x64, method, matrix, k):
     """For all of them."""
     assert_close(combined(method, np.repeat(matrix, k, axis=0)), matrix[0], "reference")
+
+
+def test_a_tree_of_gradients_is_one_vector(x64):
+    """The inner products are over all leaves; None stays None."""
+    matrix = np.random.default_rng(6).normal(size=(2, SIZE))
+    update = first_step("mgda", tree(matrix), jnp.asarray(0.5))
+    assert update["frozen"] is None
+    assert_close(vector(update), combined("mgda", matrix), "reference")
 
 
 @given(problems())
