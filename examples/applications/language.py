@@ -179,7 +179,7 @@ def draw_filled(axes: plt.Axes, filled: np.ndarray, right: np.ndarray, hidden: n
 
 
 def main() -> None:
-    made = application.parser(__doc__, steps=600, plot="language-MODEL.png")
+    made = application.parser(__doc__, steps=800, plot="language-MODEL.png")
     made.add_argument(
         "--model", choices=("gpt", "bert"), default="gpt", help="default: %(default)s"
     )
