@@ -154,11 +154,13 @@ def nbytes(module: nnx.Module) -> int:
 def draw_context(axes: plt.Axes, costs: dict[str, np.ndarray], of_trigram: float) -> None:
     """Bits of a character against how many before it were seen."""
     lows = [2**power for power in range(CONTEXT.bit_length() - 1)]
+    names = ["1", *(f"{low}–{2 * low - 1}" for low in lows[1:])]
     for name, values in costs.items():
         means = [values[:, low - 1 : 2 * low - 1].mean() for low in lows]
-        axes.plot([f"{low}–{2 * low - 1}" for low in lows], means, label=name, **STYLES[name])
-    axes.axhline(of_trigram, color="#0072b2", linestyle=":", label="trigram, all")
-    axes.set(title="Held-out text", xlabel="characters seen before", ylabel="bits per character")
+        axes.plot(names, means, label=name, **STYLES[name])
+    axes.axhline(of_trigram, color="#0072b2", linestyle=":", label="a trigram model")
+    axes.set_title("Held-out text: what it is worth to have seen more of it")
+    axes.set(xlabel="characters seen before", ylabel="bits per character")
     axes.grid(alpha=0.3)
     axes.legend()
 
