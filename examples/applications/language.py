@@ -109,19 +109,15 @@ def answers(model: Transformer, text, targets) -> tuple[jax.Array, jax.Array]:
     return jnp.argmax(logits, axis=-1), bits(logits, targets)
 
 
-def continued(model: Transformer, text: np.ndarray, length: int, seed: int) -> np.ndarray:
+@nnx.jit
+def continued(model: Transformer, text: jax.Array, keys: jax.Array) -> jax.Array:
     """What GPT writes after the text; the probable characters more often than it expects them."""
 
-    @nnx.jit
-    def follow(model, text, key):
-        drawn = jax.random.categorical(key, model(text[None])[0, -1] / 0.6)
-        return jnp.append(text[1:], drawn.astype(text.dtype)), drawn
+    def follow(text, key):
+        drawn = jax.random.categorical(key, model(text[None])[0, -1] / 0.6).astype(text.dtype)
+        return jnp.append(text[1:], drawn), drawn
 
-    written = []
-    for key in jax.random.split(jax.random.key(seed), length):
-        text, drawn = follow(model, text, key)
-        written.append(drawn)
-    return np.array(written)
+    return jax.lax.scan(follow, text, keys)[1]
 
 
 def make_runs(model: Transformer, steps: int) -> dict[str, tuple[Transformer, nnx.Optimizer]]:
@@ -136,12 +132,14 @@ def make_runs(model: Transformer, steps: int) -> dict[str, tuple[Transformer, nn
         adam_jax.compensate("int8"),
     )
     theirs = optax.adamw(rate, b2=B2, weight_decay=WEIGHT_DECAY)
+
+    def with_optimizer(model, tx):
+        made = nnx.jit(partial(nnx.Optimizer, tx=tx, wrt=nnx.Param))  # else compiled leaf by leaf
+        return model, made(model)
+
     graph, weights = nnx.split(model)
     wide = nnx.merge(graph, jax.tree.map(lambda weight: weight.astype(jnp.float32), weights))
-    return {
-        OURS: (model, nnx.Optimizer(model, ours, wrt=nnx.Param)),
-        THEIRS: (wide, nnx.Optimizer(wide, theirs, wrt=nnx.Param)),
-    }
+    return {OURS: with_optimizer(model, ours), THEIRS: with_optimizer(wide, theirs)}
 
 
 def nbytes(module: nnx.Module) -> int:
@@ -200,7 +198,8 @@ def main() -> None:
     asked, right = ask(windows(held_out, length)[::CONTEXT])
     data = (ask(pieces) for (pieces,) in batches(options.seed, BATCH, windows(learned, length)))
 
-    runs = make_runs(Transformer(len(alphabet), causal, nnx.Rngs(options.seed)), options.steps)
+    model = nnx.jit(partial(Transformer, len(alphabet), causal))(nnx.Rngs(options.seed))
+    runs = make_runs(model, options.steps)
     for name, (model, optimizer) in runs.items():
         print(f"{name}: {nbytes(model):,} bytes of weights, {nbytes(optimizer):,} of state")
     runs = {OURS: runs[OURS]} if options.alone else runs
@@ -217,7 +216,8 @@ def main() -> None:
         for name, cost in costs.items():
             report(f"{name}: bits per character", cost.mean(), "a trigram model", of_trigram, min)
         draw_context(axes[1], costs, of_trigram)
-        written = continued(runs[OURS][0], held_out[:CONTEXT], 300, options.seed)
+        keys = jax.random.split(jax.random.key(options.seed), 300)
+        written = np.asarray(continued(runs[OURS][0], held_out[:CONTEXT], keys))
         print(f"\nAfter\n\n{''.join(alphabet[held_out[:CONTEXT]])}\n\nit writes\n")
         print("".join(alphabet[written]))
     else:
