@@ -225,7 +225,7 @@ def main() -> None:
         for name, (guess, _) in found.items():
             accuracy = np.mean(np.asarray(guess)[hidden] == right[hidden])
             report(f"{name}: filled in rightly", accuracy, "a trigram model", of_trigram)
-        lines = slice(0, None, len(right) // 6)
+        lines = slice(0, None, len(right) // 4)
         truth = np.where(hidden, right, asked)
         filled = np.where(hidden, found[OURS][0], asked)
         shown = np.where(alphabet == "\n", "↵", alphabet)
