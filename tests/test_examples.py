@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import memory
+import mnist
 import numpy as np
 import pytest
 import step
@@ -77,6 +79,13 @@ def test_mnist_on_the_shipped_digits(tmp_path, loss):
     assert totals.endswith("largest difference of a weight 0")
     assert (tmp_path / "mnist.png").stat().st_size > 10_000
     assert "epoch 3" in done.stderr  # the progress bar
+
+
+def test_the_mse_of_mnist_is_the_article_s():
+    """Between softmax and one-hot labels: equal outputs are a tenth each, whatever they are."""
+    outputs, labels = jnp.full((2, 10), 7.0), jnp.array([0, 9])
+    expected = (0.9**2 + 9 * 0.1**2) / 10
+    assert mnist.mean_squared_error(outputs, labels) == pytest.approx(expected)
 
 
 def test_mnist_on_idx_files(tmp_path, digits):
