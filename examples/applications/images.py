@@ -184,7 +184,8 @@ def draw(losses: dict, data: Data, read: np.ndarray, path: Path) -> None:
     for place, index in enumerate(wrong[: 4 * columns]):
         row, column = divmod(place, columns)
         x, y = column * width, row * 1.3 * width
-        right.imshow(data.test_images[index], cmap="gray_r", extent=(x, x + 28, y + 28, y))
+        image, extent = data.test_images[index], (x, x + 28, y + 28, y)
+        right.imshow(image, cmap="gray_r", extent=extent, interpolation="nearest")
         right.text(x + 14, y - 2, f"{data.test_labels[index]} as {read[index]}", ha="center")
     right.set(xlim=(0, columns * width), ylim=(4 * 1.3 * width, -width / 3), aspect="equal")
     right.set_title(f"{len(wrong)} of {len(read)} held-out digits are misread")
