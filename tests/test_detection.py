@@ -38,24 +38,24 @@ def test_iou():
     assert_close(overlaps[0], [1, 1 / 3, 0, 0], "float32 mean")
 
 
-def test_moved_and_around():
+def test_move_and_around():
     box = boxes.around(jnp.array([[3.0, 5.0]]), jnp.array([[4.0, 2.0]]))
     np.testing.assert_array_equal(box, [[1, 4, 5, 6]])
-    np.testing.assert_array_equal(boxes.moved(box, jnp.zeros((1, 4))), box)
+    np.testing.assert_array_equal(boxes.move(box, jnp.zeros((1, 4))), box)
     by = jnp.log(jnp.array([[jnp.e, 1, 2, 0.5]]))  # one width to the right, 2 as wide, 0.5 as high
-    assert_close(boxes.moved(box, by), [[3, 4.5, 11, 5.5]], "float32 mean")
+    assert_close(boxes.move(box, by), [[3, 4.5, 11, 5.5]], "float32 mean")
 
 
-def test_suppress_keeps_the_best_of_what_overlaps():
+def test_nms_keeps_the_best_of_what_overlaps():
     kinds = jnp.array([[0.0, 0, 4, 4], [1, 0, 5, 4], [8, 8, 9, 9], [2, 2, 2, 2]])  # 0 and 1: 0.6
     scores = jnp.array([[0.5, 0.9, 0.3, 0.1], [0.9, 0.5, 0.3, 0.4]])
     images = jnp.stack([kinds, kinds])
-    suppress = jax.jit(boxes.suppress, static_argnums=3)
-    kept, left = suppress(images, scores, 0.5, 5)
+    nms = jax.jit(boxes.nms, static_argnums=3)
+    kept, left = nms(images, scores, 0.5, 5)
     np.testing.assert_array_equal(kept[:, :3], [[1, 2, 3], [0, 3, 2]])
     np.testing.assert_array_equal(left[:, :3], np.float32([[0.9, 0.3, 0.1], [0.9, 0.4, 0.3]]))
     np.testing.assert_array_equal(left[:, 3:], -np.inf)
-    kept, _ = suppress(images, scores, 0.7, 5)
+    kept, _ = nms(images, scores, 0.7, 5)
     np.testing.assert_array_equal(kept[:, :2], [[1, 0], [0, 1]])
 
 

@@ -23,7 +23,7 @@ def around(centres: jax.Array, sizes: jax.Array) -> jax.Array:
     return jnp.concatenate([centres - sizes / 2, centres + sizes / 2], axis=-1)
 
 
-def moved(boxes: jax.Array, by: jax.Array) -> jax.Array:
+def move(boxes: jax.Array, by: jax.Array) -> jax.Array:
     """The centres moved by a share of the size, the sizes multiplied by exp(by[..., 2:])."""
     sizes = boxes[..., 2:] - boxes[..., :2]
     centres = (boxes[..., :2] + boxes[..., 2:]) / 2
@@ -35,7 +35,7 @@ def rows(of: jax.Array, chosen: jax.Array) -> jax.Array:
     return jnp.take_along_axis(of, chosen[..., None], axis=1)
 
 
-def suppress(boxes: jax.Array, scores: jax.Array, threshold: float, count: int):
+def nms(boxes: jax.Array, scores: jax.Array, threshold: float, count: int):
     """Non-maximum suppression in each image of boxes (n, k, 4) with scores (n, k).
 
     The best box is kept, those that overlap it by more than threshold go, and so on. Returned are
@@ -75,6 +75,12 @@ class Detections(NamedTuple):
     boxes: np.ndarray  # (n, k, 4)
     labels: np.ndarray  # (n, k)
     scores: np.ndarray  # (n, k)
+
+
+def detections(boxes: jax.Array, chances: jax.Array, count: int) -> Detections:
+    """The best of boxes (n, k, 4), of which each has a chance (n, k, classes) of every class."""
+    kept, scores = nms(boxes, chances.max(-1), 0.4, count)
+    return Detections(rows(boxes, kept), rows(chances, kept).argmax(-1), scores)
 
 
 def mean_average_precision(found: Detections, boxes: np.ndarray, labels: np.ndarray) -> float:

@@ -7,6 +7,7 @@ same detector in the same partition on the same batches: the largest difference 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import application
@@ -15,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from application import OURS, THEIRS, plt
-from boxes import Detections, align, around, iou, mean_average_precision, moved, rows, suppress
+from boxes import (
+    Detections,
+    align,
+    around,
+    detections,
+    iou,
+    mean_average_precision,
+    move,
+    nms,
+    rows,
+)
 from digits_on_canvas import CLASSES, MOST, SIDE, Canvases, components, draw_canvas, paint
 from flax import nnx
 from mnist import shipped_digits
@@ -24,7 +35,7 @@ from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 import adam_jax
 
 BATCH, TRAINING, HELD_OUT = 32, 8000, 500
-RATES = {"backbone": 1e-3, "heads": 2e-3}
+RATES = {"backbone": 4e-3, "heads": 8e-3}
 
 
 # --- What both models share -----------------------------------------------------------------------
@@ -49,12 +60,6 @@ def convolution(before: int, width: int, rngs: nnx.Rngs, strides: int = 1) -> nn
 
 CELL = 8  # pixels along a cell of the grid
 CENTRES = np.mgrid[:SIDE:CELL, :SIDE:CELL][::-1].reshape(2, -1).T.astype(np.float32) + CELL / 2
-
-
-def detections(boxes: jax.Array, chances: jax.Array) -> Detections:
-    """The best of boxes (n, k, 4), given the chance (n, k, CLASSES) of every digit."""
-    kept, scores = suppress(boxes, chances.max(-1), 0.4, 2 * MOST)
-    return Detections(rows(boxes, kept), rows(chances, kept).argmax(-1), scores)
 
 
 # --- YOLO -----------------------------------------------------------------------------------------
@@ -91,7 +96,8 @@ class Yolo(nnx.Module):
 
     def detect(self, images: jax.Array) -> Detections:
         boxes, objectness, classes = self(images)
-        return detections(boxes, nnx.sigmoid(objectness)[..., None] * nnx.softmax(classes))
+        chances = nnx.sigmoid(objectness)[..., None] * nnx.softmax(classes)
+        return detections(boxes, chances, 2 * MOST)
 
 
 def cells_of(boxes: jax.Array) -> jax.Array:
@@ -104,7 +110,7 @@ def cells_of(boxes: jax.Array) -> jax.Array:
 
 SHAPES = np.array([(20, 22), (12, 18), (6, 20)], np.float32)  # of anchors: width and height
 ANCHORS = around(CENTRES[:, None], SHAPES[None]).reshape(-1, 4)
-REGIONS, BINS = 16, 7
+REGIONS, BINS = 16, 5
 
 
 class FasterRCNN(nnx.Module):
@@ -124,13 +130,13 @@ class FasterRCNN(nnx.Module):
         """A box (n, anchors, 4) from every anchor, and the logit that it holds a digit."""
         x = self.proposal(nnx.relu(self.proposing(features)))
         x = x.reshape(len(x), len(ANCHORS), 5)
-        return moved(ANCHORS[None], x[..., :4]).clip(0, SIDE), x[..., 4]
+        return move(ANCHORS[None], x[..., :4]).clip(0, SIDE), x[..., 4]
 
     def read(self, features: jax.Array, regions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The regions (n, k, 4) refined, and the logits of their classes, the last one of none."""
         inside = align(features, regions, BINS, stride=4).reshape(*regions.shape[:2], -1)
         x = self.answer(nnx.relu(self.reading(inside)))
-        return moved(regions, x[..., :4]), x[..., 4:]
+        return move(regions, x[..., :4]), x[..., 4:]
 
     def loss(self, images: jax.Array, boxes: jax.Array, labels: jax.Array) -> jax.Array:
         features = self.backbone(images)
@@ -147,12 +153,13 @@ class FasterRCNN(nnx.Module):
         digit, hit = overlaps.argmax(-1), overlaps.max(-1) >= 0.5
         label = jnp.where(hit, rows(labels[..., None], digit)[..., 0], CLASSES)
         second = jnp.mean(1 - iou(refined, rows(boxes, digit)), where=hit)
-        return first + second + jnp.mean(cross_entropy(classes, label))
+        there = jnp.pad(labels >= 0, ((0, 0), (REGIONS, 0)), constant_values=True)
+        return first + second + jnp.mean(cross_entropy(classes, label), where=there)
 
     def detect(self, images: jax.Array) -> Detections:
         features = self.backbone(images)
         boxes, classes = self.read(features, best(*self.propose(features)))
-        return detections(boxes, nnx.softmax(classes)[..., :CLASSES])
+        return detections(boxes, nnx.softmax(classes)[..., :CLASSES], 2 * MOST)
 
 
 def anchor_targets(boxes: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -170,7 +177,7 @@ def anchor_targets(boxes: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.A
 
 def best(proposals: jax.Array, objectness: jax.Array) -> jax.Array:
     """The proposals for the second stage."""
-    return rows(proposals, suppress(proposals, objectness, 0.6, REGIONS)[0])
+    return rows(proposals, nms(proposals, objectness, 0.6, REGIONS)[0])
 
 
 MODELS = {"yolo": Yolo, "faster_rcnn": FasterRCNN}
@@ -181,11 +188,10 @@ MODELS = {"yolo": Yolo, "faster_rcnn": FasterRCNN}
 
 def partitioned(adam: Callable, steps: int) -> optax.GradientTransformation:
     """The gradient clipped to length 1, then `adam` with the rate of its part, which decays."""
-    parts = {}
-    for part, rate in RATES.items():
-        parts[part] = adam(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps))
-    part_of = lambda path, _: path[0].key if path[0].key in parts else "heads"  # noqa: E731
-    labels = lambda params: jax.tree_util.tree_map_with_path(part_of, params)  # noqa: E731
+    schedule = partial(optax.warmup_cosine_decay_schedule, 0.0, warmup_steps=steps // 10)
+    parts = {part: adam(schedule(rate, decay_steps=steps)) for part, rate in RATES.items()}
+    part_of = lambda path, _: "backbone" if path[0].key == "backbone" else "heads"  # noqa: E731
+    labels = partial(jax.tree_util.tree_map_with_path, part_of)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, labels))
 
 
@@ -214,7 +220,6 @@ def draw(losses: dict, truth: Canvases, found: Detections, path: Path) -> None:
     axes = left.subplots()
     application.draw_losses(axes, losses, "loss of boxes and classes")
     axes.set_yscale("log")
-
     for index, place in enumerate(right.subplots(2, 4).flat):
         draw_canvas(place, *(part[index] for part in (*truth, *found)))
     right.suptitle("Held out: found with class and score of 0.5 or more; the truth is dashed")
@@ -223,9 +228,10 @@ def draw(losses: dict, truth: Canvases, found: Detections, path: Path) -> None:
 
 
 def main() -> None:
-    made = application.parser(__doc__, steps=700, plot="detection-MODEL.png")
+    made = application.parser(__doc__, steps=800, plot="detection-MODEL.png")
     made.add_argument("--model", choices=MODELS, default="yolo", help="(default: %(default)s)")
     options = application.parsed(made)
+    plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
     digits = shipped_digits()
     canvases = paint(digits.train_images, digits.train_labels, TRAINING, options.seed)
     held_out = paint(digits.test_images, digits.test_labels, HELD_OUT, seed=10**6)
@@ -242,15 +248,13 @@ def main() -> None:
     detect = nnx.jit(lambda model, images: model.detect(images))
     found = Detections(*map(np.asarray, detect(model, held_out.images)))
     plain = components(digits.train_images, digits.train_labels, held_out.images)
-    application.report(
-        "held-out mAP@0.5",
-        mean_average_precision(found, *held_out[1:]),
-        "connected components read by logistic regression",
-        mean_average_precision(plain, *held_out[1:]),
-    )
+    mean = lambda found: mean_average_precision(found, *held_out[1:])  # noqa: E731
+    baseline = "connected components read by logistic regression"
+    application.report("held-out mAP@0.5", mean(found), baseline, mean(plain))
     if not options.alone:
         print(f"largest difference of a weight {application.difference(model, runs[THEIRS][0]):g}")
-    draw(losses, held_out, found, options.plot)
+    draw(losses, held_out, found, plot)
+    print(f"losses and held-out canvases: {plot}")
 
 
 if __name__ == "__main__":
