@@ -77,7 +77,7 @@ class Detections(NamedTuple):
     scores: np.ndarray  # (n, k)
 
 
-def detections(boxes: jax.Array, chances: jax.Array, count: int) -> Detections:
+def detected(boxes: jax.Array, chances: jax.Array, count: int) -> Detections:
     """The best of boxes (n, k, 4), of which each has a chance (n, k, classes) of every class."""
     kept, scores = nms(boxes, chances.max(-1), 0.4, count)
     return Detections(rows(boxes, kept), rows(chances, kept).argmax(-1), scores)

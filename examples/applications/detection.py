@@ -16,17 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from application import OURS, THEIRS, plt
-from boxes import (
-    Detections,
-    align,
-    around,
-    detections,
-    iou,
-    mean_average_precision,
-    move,
-    nms,
-    rows,
-)
+from boxes import Detections, align, around, detected, iou, mean_average_precision, move, nms, rows
 from digits_on_canvas import CLASSES, MOST, SIDE, Canvases, components, draw_canvas, paint
 from flax import nnx
 from mnist import shipped_digits
@@ -97,7 +87,7 @@ class Yolo(nnx.Module):
     def detect(self, images: jax.Array) -> Detections:
         boxes, objectness, classes = self(images)
         chances = nnx.sigmoid(objectness)[..., None] * nnx.softmax(classes)
-        return detections(boxes, chances, 2 * MOST)
+        return detected(boxes, chances, 2 * MOST)
 
 
 def cells_of(boxes: jax.Array) -> jax.Array:
@@ -159,7 +149,7 @@ class FasterRCNN(nnx.Module):
     def detect(self, images: jax.Array) -> Detections:
         features = self.backbone(images)
         boxes, classes = self.read(features, best(*self.propose(features)))
-        return detections(boxes, nnx.softmax(classes)[..., :CLASSES], 2 * MOST)
+        return detected(boxes, nnx.softmax(classes)[..., :CLASSES], 2 * MOST)
 
 
 def anchor_targets(boxes: jax.Array, there: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
