@@ -257,9 +257,9 @@ def test_detection(model, options, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detection, "BATCH", 4)
     monkeypatch.setattr(detection, "TRAINING", 16)
     monkeypatch.setattr(detection, "HELD_OUT", 8)
-    picture = tmp_path / "picture.png"
-    arguments = ["--model", model, "--steps", "12", "--plot", str(picture), *options]
+    arguments = ["--model", model, "--steps", "12", *options]
     monkeypatch.setattr(sys, "argv", ["detection.py", *arguments])
+    monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):
         detection.main()
     printed = capsys.readouterr().out
@@ -269,4 +269,4 @@ def test_detection(model, options, digits, tmp_path, monkeypatch, capsys):
         largest = re.search(r"^largest difference of a weight (\S+)$", printed, re.MULTILINE)
         assert float(largest[1]) < 1e-4
         assert_close(losses["adam_jax"], losses["optax"], "contracted")
-    assert picture.stat().st_size > 10_000
+    assert (tmp_path / f"detection-{model}.png").stat().st_size > 10_000

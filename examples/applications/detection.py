@@ -205,12 +205,12 @@ def step(model, optimizer, images, boxes, labels):
 
 def draw(losses: dict, truth: Canvases, found: Detections, path: Path) -> None:
     """The losses, and held-out canvases with what is found, and with the truth dashed."""
-    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
+    figure = plt.figure(figsize=(9.5, 4.2), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(4, 7))
     axes = left.subplots()
     application.draw_losses(axes, losses, "loss of boxes and classes")
     axes.set_yscale("log")
-    for index, place in enumerate(right.subplots(2, 4).flat):
+    for index, place in enumerate(right.subplots(2, 3).flat):
         draw_canvas(place, *(part[index] for part in (*truth, *found)))
     right.suptitle("Held out: found with class and score of 0.5 or more; the truth is dashed")
     figure.savefig(path, dpi=90)

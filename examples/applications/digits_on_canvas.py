@@ -104,12 +104,12 @@ def draw_canvas(axes, image, boxes, labels, found_boxes, found_labels, scores) -
         (x, y), (width, height) = box[:2] - 0.5, box[2:] - box[:2]
         axes.add_patch(plt.Rectangle((x, y), width, height, fill=False, **style))
 
-    axes.imshow(image, cmap="gray_r")
+    axes.imshow(image, cmap="gray_r", interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     for box, label, score in zip(found_boxes, found_labels, scores, strict=True):
         if score >= 0.5:
             frame(box, STYLES[OURS] | {"linewidth": 3})
             text = f"{label}: {score:.2f}"
-            axes.text(*box[:2] - 1, text, fontsize=8, color="#8c3d00", weight="bold")
+            axes.text(*box[:2] - 1.5, text, fontsize=8, color="#8c3d00", weight="bold")
     for box in boxes[labels >= 0]:
         frame(box, STYLES[THEIRS])
