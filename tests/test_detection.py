@@ -16,6 +16,9 @@ import optax
 import pytest
 from support import assert_close, random_grads, stack, user_jit
 
+# scikit-learn 1.4 calls an older scipy.
+pytestmark = pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")
+
 
 @pytest.fixture(scope="module")
 def digits():
