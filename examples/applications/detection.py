@@ -212,7 +212,7 @@ def draw(losses: dict, truth: Canvases, found: Detections, path: Path) -> None:
     axes.set_yscale("log")
     for index, place in enumerate(right.subplots(2, 3).flat):
         draw_canvas(place, *(part[index] for part in (*truth, *found)))
-    right.suptitle("Held out: found with class and score of 0.5 or more; the truth is dashed")
+    right.suptitle("Held out: found with class and score; the truth dashed")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
