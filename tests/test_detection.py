@@ -16,8 +16,11 @@ import optax
 import pytest
 from support import assert_close, random_grads, stack, user_jit
 
-# scikit-learn 1.4 calls an older scipy.
-pytestmark = pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning")
+pytestmark = [
+    # scikit-learn 1.4 calls an older scipy, and matplotlib 3.8 an older pyparsing.
+    pytest.mark.filterwarnings("ignore:scipy.optimize:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:'parseAll' argument:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
