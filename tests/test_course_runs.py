@@ -13,7 +13,7 @@ COURSE = Path(__file__).parent.parent / "examples" / "course"
 if importlib.util.find_spec("jupyterlab"):
     import nbformat
     from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.kernelspec import KernelSpec
     from nbclient import NotebookClient
 else:
     # Nothing is collected then, and a run of this file alone ends with exit code 5: CI cannot pass.
@@ -40,12 +40,13 @@ for check, answer in (
 """
 
 
-class ThisInterpreter(KernelSpecManager):
-    """Whatever other kernels Jupyter knows of."""
+class ThisInterpreter(AsyncKernelManager):
+    """Its kernel, whatever other kernels Jupyter knows of."""
 
-    def get_kernel_spec(self, kernel_name):
+    @property
+    def kernel_spec(self):
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, language="python", name=kernel_name)
+        return KernelSpec(argv=command, language="python", display_name="Python 3")
 
 
 def read(language):
@@ -55,9 +56,11 @@ def read(language):
 def executed(notebook, directory):
     """What it prints. A cell that fails is an error; it must draw as much as what is committed."""
     pictures = sum(map(count_pictures, notebook.cells))
-    manager = AsyncKernelManager(kernel_spec_manager=ThisInterpreter())
     client = NotebookClient(
-        notebook, km=manager, timeout=600, resources={"metadata": {"path": str(directory)}}
+        notebook,
+        kernel_manager_class=ThisInterpreter,
+        timeout=600,
+        resources={"metadata": {"path": str(directory)}},
     )
     # Compiled as for a user: conftest.py has told this process otherwise.
     client.execute(env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"})
