@@ -33,8 +33,8 @@ for check, answer in (
 ):
     try:
         check(answer)
-    except AssertionError as error:
-        print("refused:", *str(error).split())
+    except AssertionError:
+        print("refused by", check.__name__)
     else:
         raise RuntimeError(f"{check.__name__} takes {answer!r} for right")
 """
@@ -89,4 +89,4 @@ def test_with_the_solutions(tmp_path):
     notebook.cells.append(nbformat.v4.new_code_cell(WRONG))
     printed = executed(notebook, tmp_path)
     assert re.findall(r"Exercise (\d) is solved\.", printed) == list("1234")
-    assert printed.count("refused:") == EXERCISES
+    assert printed.count("refused by check_") == EXERCISES
