@@ -28,7 +28,10 @@ STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean",
             "transformer_blocks", "report"]  # fmt: skip
 TASKS = ["gram", "combine", "weighted", "mgda", "cagrad", "pcgrad", "aligned_mtl", "gradnorm",
          "per_task", "WeightedState", "PcgradState", "GradnormState"]  # fmt: skip
-MODULES = [f"storage.{name}" for name in STORAGES] + [f"tasks.{name}" for name in TASKS]
+BASES = ["Basis", "eigenvectors", "Eigenvectors", "singular_vectors", "SingularVectors",
+         "InBasisState"]  # fmt: skip
+MODULES = [f"basis.{name}" for name in BASES]
+MODULES += [f"storage.{name}" for name in STORAGES] + [f"tasks.{name}" for name in TASKS]
 
 
 @pytest.mark.parametrize("name", adam_jax.__all__ + MODULES)

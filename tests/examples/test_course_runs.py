@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COURSE = Path(__file__).parent.parent / "examples" / "course"
+COURSE = Path(__file__).parents[2] / "examples" / "course"
 
 if importlib.util.find_spec("jupyterlab"):
     import nbformat
@@ -18,7 +18,8 @@ if importlib.util.find_spec("jupyterlab"):
 else:
     # Nothing is collected then, and a run of this file alone ends with exit code 5: CI cannot pass.
     pytest.skip(
-        "needs Jupyter: pip install -e '.[course]'; python -m pytest tests/test_course_runs.py",
+        "needs Jupyter: pip install -e '.[course]' && "
+        "python -m pytest tests/examples/test_course_runs.py",
         allow_module_level=True,
     )
 

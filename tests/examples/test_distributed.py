@@ -1,7 +1,7 @@
 """The example of many processes: killed at any moment, on other devices, on broken checkpoints.
 
-`PYTHONPATH=examples python tests/test_distributed.py --kills 20` kills at twenty random moments and
-prints a table.
+`PYTHONPATH=examples:tests python tests/examples/test_distributed.py --kills 20` kills at twenty
+random moments and prints a table.
 """
 
 import argparse

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COURSE = ROOT / "examples" / "course"
 LANGUAGES = ["en", "zh"]
 CHINESE = re.compile("[\u4e00-\u9fff]")

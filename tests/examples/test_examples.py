@@ -21,7 +21,7 @@ import pytest
 import step
 import transformer
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(example, *arguments, cwd):

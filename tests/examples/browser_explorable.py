@@ -1,6 +1,6 @@
 """Open `examples/course/explorable.html` in headless Chromium and use it as a reader does.
 
-`python tests/browser_explorable.py DIRECTORY` leaves pictures of it in the directory: both
+`python tests/examples/browser_explorable.py DIRECTORY` leaves pictures of it in the directory: both
 languages, both widths, light, dark and grey. Needs Chromium and its chromedriver on the PATH.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
-PAGE = Path(__file__).parent.parent / "examples" / "course" / "explorable.html"
+PAGE = Path(__file__).parents[2] / "examples" / "course" / "explorable.html"
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
 FLAGS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
