@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import basis
 import jax
 import jax.numpy as jnp
 import memory
@@ -206,6 +207,24 @@ def test_memory_refuses_a_missing_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert stopped("memory.py", monkeypatch, "--json", "no/where.json") == 2
     assert "there is no directory" in capsys.readouterr().err
+
+
+def test_basis(tmp_path, monkeypatch, capsys):
+    """Three bases, two steps each on a small network: the table, the bytes and the picture."""
+    for name, value in {"LAYERS": 1, "WIDTH": 64, "CONTEXT": 16}.items():
+        monkeypatch.setattr(transformer, name, value)
+    monkeypatch.setattr(basis, "gpt2", functools.partial(memory.gpt2, layers=1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["basis.py", "--seeds=1", "--steps=2"])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        basis.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " | " in line]
+    losses, kept = ({row[0]: row[i] for row in rows[1:]} for i in (1, 3))
+    assert [name.strip("| ") for name in losses] == ["AdamW", "SOAP", "GaLore"]
+    assert all(0 < float(loss.split()[0]) < 10 for loss in losses.values())
+    adam, soap, galore = (float(size.strip("| ")) for size in kept.values())
+    assert galore < adam / 2 < adam < soap
+    assert (tmp_path / "basis.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):
