@@ -252,7 +252,7 @@ def table(scores: dict[str, list], kilobytes: dict[str, float]) -> str:
 
 
 def draw(losses: dict[str, list], similarities: np.ndarray, path: Path) -> None:
-    """Left the losses, the mean of the seeds; right how similar digits and names are to the last model."""
+    """Left the losses, the mean of the seeds; right how similar digits are to names, at last."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4), layout="constrained", width_ratios=(1, 1.6)
     )
@@ -266,6 +266,8 @@ def draw(losses: dict[str, list], similarities: np.ndarray, path: Path) -> None:
         title=f"Training loss, mean of seeds and {window} steps", xlabel="step", ylabel="divergence"
     )
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("")
     left.grid(alpha=0.3)
     left.legend(fontsize="small")
     names = [*ENGLISH, *PINYIN, *GERMAN]  # the picture's font has no Chinese
