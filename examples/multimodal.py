@@ -119,9 +119,9 @@ class Pair(nnx.Module):
         self.temperature = nnx.Param(jnp.float32(np.log(10)))
 
 
-def cosines(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Of every row of a with every row of b."""
-    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+def cosines(a, b):
+    """Of every row of a with every row of b, arrays of JAX or of NumPy."""
+    unit = lambda x: x / (x**2).sum(axis=-1, keepdims=True) ** 0.5  # noqa: E731
     return unit(a) @ unit(b).T
 
 
@@ -232,7 +232,7 @@ def train(tx: optax.GradientTransformation, data: Data, seed: int, steps: int, n
         leave=False,
     )
     losses = [step(model, optimizer, *batch) for batch in bar]
-    return model, optimizer, np.asarray(jnp.stack(losses))
+    return model, optimizer, np.array(jax.device_get(losses))
 
 
 def table(scores: dict[str, list], kilobytes: dict[str, float]) -> str:
@@ -303,14 +303,14 @@ def main() -> None:
         losses[name], scores[name] = [], []
         for seed in range(options.seeds):
             model, optimizer, of_steps = train(tx, data, seed, options.steps, name)
-            images, names = encoded(model, data.test_images)
+            images, names = jax.device_get(encoded(model, data.test_images))
             losses[name].append(of_steps)
-            scores[name].append(retrieval(np.asarray(cosines(images, names)), data.test_labels))
+            scores[name].append(retrieval(cosines(images, names), data.test_labels))
         kilobytes[name] = state_bytes(optimizer) / 1000
     print(f"{options.steps} steps of each run, {time.perf_counter() - start:.0f} s, {hardware()}")
     print(table(scores, kilobytes))
-    means = jnp.stack([images[data.test_labels == digit].mean(axis=0) for digit in range(10)])
-    draw(losses, np.asarray(cosines(means, names)), options.plot)
+    means = np.stack([images[data.test_labels == digit].mean(axis=0) for digit in range(10)])
+    draw(losses, cosines(means, names), options.plot)
     print(f"losses, and how similar digits and names are: {options.plot}")
 
 
