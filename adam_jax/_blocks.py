@@ -102,11 +102,11 @@ def split(x: jax.Array, axis: int, block: int) -> jax.Array:
     """An axis as two: which block, and where in it. The last block is filled up with zeros."""
     length = x.shape[axis]
     if length % block:
-        x = _whole(x, axis)
+        x = in_one_part(x, axis)
         padding = [(0, -length % block if a == axis else 0) for a in range(x.ndim)]
         x = jnp.pad(x, padding)
     elif (length // block) % _shards(x, axis):
-        x = _whole(x, axis)
+        x = in_one_part(x, axis)
     return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
 
@@ -117,7 +117,7 @@ def joined(x: jax.Array, axis: int) -> jax.Array:
 
 def _shards(x: jax.Array, axis: int) -> int:
     """In how many parts an axis lies on a mesh with explicit axes."""
-    sharding = _explicit(x)
+    sharding = explicit(x)
     if sharding is None:
         return 1
     names = sharding.spec[axis]
@@ -125,16 +125,16 @@ def _shards(x: jax.Array, axis: int) -> int:
     return int(np.prod([sharding.mesh.shape[name] for name in names if name is not None]))
 
 
-def _whole(x: jax.Array, axis: int) -> jax.Array:
+def in_one_part(x: jax.Array, axis: int) -> jax.Array:
     """The same array with one axis in one part, on a mesh with explicit axes."""
     if _shards(x, axis) == 1:
         return x
-    sharding = _explicit(x)
+    sharding = explicit(x)
     names = [None if a == axis else name for a, name in enumerate(sharding.spec)]
     spec = jax.sharding.PartitionSpec(*names)
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
-def _explicit(x: jax.Array) -> Any:
+def explicit(x: jax.Array) -> Any:
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else sharding

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adam_jax._blocks import explicit, in_one_part
 from adam_jax._numbers import accumulator, check_count, check_hyperparameter, increment, wider
 from adam_jax._tree import at, check_params
 from adam_jax.signal import check_updates
@@ -79,8 +80,8 @@ def in_basis(
 
     With an orthogonal basis plain descent stays what it is; a chain that looks at elements becomes
     another one. Weight decay may be inside where the basis is whole, as `eigenvectors` is; beside
-    `singular_vectors` it belongs outside, because inside it reaches the projection only. Sharded
-    leaves are gathered where a basis is renewed.
+    `singular_vectors` it belongs outside, because inside it reaches the projection only. The
+    matrices of sharded leaves are gathered, on a mesh with explicit axes at every step.
 
     Args:
       basis: `eigenvectors`, `singular_vectors`, or your own `Basis`.
@@ -198,7 +199,7 @@ def _out_of(update: Any, sides: Sides | None, grad: Any, param: Any) -> Any:
     if sides is None:
         return update
     dtype = grad.dtype if param is None else wider(grad.dtype, jnp.result_type(param))
-    return _back(update, sides).astype(dtype)
+    return _beside(grad, _back(update, sides)).astype(dtype)
 
 
 def _turned_along(state: Any, structure: Any, changes: list) -> Any:
@@ -222,7 +223,9 @@ def _turned_along(state: Any, structure: Any, changes: list) -> Any:
                 f"mu_storage=jnp.bfloat16."
             )
         old, new = changes[found]
-        return leaf if old is None else _into(_back(leaf, old), new).astype(leaf.dtype)
+        if old is None:
+            return leaf
+        return _beside(leaf, _into(_back(leaf, old), new)).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(turned, state)
 
@@ -250,7 +253,21 @@ def _adjoint(matrix: jax.Array) -> jax.Array:
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     """In full precision, also where a device would take fewer digits."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(_gathered(a), _gathered(b), precision=jax.lax.Precision.HIGHEST)
+
+
+# On a mesh with explicit axes JAX neither multiplies nor decomposes matrices that are split.
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    """With the last two axes whole on every device."""
+    return in_one_part(in_one_part(x, x.ndim - 1), x.ndim - 2)
+
+
+def _beside(leaf: jax.Array, x: jax.Array) -> jax.Array:
+    """An array laid out as another one is."""
+    sharding = explicit(leaf)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 # --- The bases ------------------------------------------------------------------------------------
@@ -281,6 +298,10 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
     The first step takes their eigenvectors, and later renewals one step of power iteration,
     :math:`U \leftarrow QR(L\,U)`. A step uses the vectors that came of the steps before it, so the
     first one changes no weight. The state has 2 m² + 2 n² numbers more for a matrix of m × n.
+
+    Along a vector that no gradient has a part in only roundings are left, and Adam divides them by
+    their own size: where gradients are few or alike, an ε of 1e-6 of their size keeps such steps
+    small.
 
     Args:
       decay: the rate :math:`\beta` of both averages, in [0, 1). Default 0.95.
@@ -317,7 +338,10 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
     def gather(parts, grad):
         grad = _wide(grad)
         adjoint = _adjoint(grad)
-        mixed = lambda kept, new: kept * decay + (1 - decay) * new  # noqa: E731
+
+        def mixed(kept, new):
+            return _beside(kept, kept * decay + (1 - decay) * new)
+
         left, right = parts.left, parts.right
         return parts._replace(
             left=None if left is None else mixed(left, _product(grad, adjoint)),
@@ -330,11 +354,12 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
         def vectors(average, kept):
             if average is None:
                 return None
-            return jax.lax.cond(
+            new = jax.lax.cond(
                 first,
-                lambda: jnp.linalg.eigh(average)[1],
+                lambda: jnp.linalg.eigh(_gathered(average))[1],
                 lambda: jnp.linalg.qr(_product(average, kept))[0],
             )
+            return _beside(kept, new)
 
         return parts._replace(
             left_vectors=vectors(parts.left, parts.left_vectors),
@@ -401,10 +426,10 @@ def singular_vectors(rank: int, *, every: int = 200) -> Basis:
 
     def renew(parts, grad, first):
         del first
-        left, _, right = jnp.linalg.svd(_wide(grad), full_matrices=False)
+        left, _, right = jnp.linalg.svd(_gathered(_wide(grad)), full_matrices=False)
         if parts.right is None:
-            return SingularVectors(left[..., :rank], None)
-        return SingularVectors(None, _adjoint(right)[..., :rank])
+            return SingularVectors(_beside(parts.left, left[..., :rank]), None)
+        return SingularVectors(None, _beside(parts.right, _adjoint(right)[..., :rank]))
 
     def sides(parts):
         return parts.left, parts.right

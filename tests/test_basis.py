@@ -1,5 +1,7 @@
 """Chains in another basis: SOAP and GaLore as published, and the laws of a change of basis."""
 
+import pickle
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from support import TOLERANCES, assert_close
 
 import adam_jax
@@ -288,6 +292,41 @@ def test_second_moments_in_8_bits():
     path, state = trajectory(tx, params, gradients(params, 4))
     assert state.inner[0].nu.codes["kernel"].dtype.itemsize == 1
     assert jnp.mean(path[-1]["kernel"] != path[0]["kernel"]) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@each_method
+def test_sharded(name, kind):
+    """The numbers of one device, and everything stays where `state_shardings` put it."""
+    basis = {"SOAP": eigenvectors(every=2), "GaLore": singular_vectors(4, every=2)}[name]
+    tx = adam_jax.in_basis(basis, adam_jax.adam(1e-2))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(AxisType, kind),))
+    grads = RNG.normal(size=(4, 16, 16)).astype("float32")
+    due, _ = trajectory(tx, {"kernel": jnp.asarray(grads[0])}, [{"kernel": g} for g in grads])
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for spec, zero in ((P("data", None), None), (P(None, "data"), None), (P(), "data")):
+        there = {"kernel": NamedSharding(mesh, spec)}
+        params = jax.device_put({"kernel": grads[0]}, there)
+        shardings = adam_jax.state_shardings(tx, params, zero=zero)
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        sharded_step = jax.jit(step, out_shardings=(there, shardings))
+        for grad in grads:
+            params, state = sharded_step(params, state, jax.device_put({"kernel": grad}, there))
+        assert_close(params, due[-1], "reordered")
+
+
+@each_method
+def test_a_state_survives_a_pickle(name):
+    tx, _ = PUBLISHED[name]
+    params = tree()
+    _, state = trajectory(tx, params, gradients(params))
+    again = jax.tree.map(jnp.asarray, pickle.loads(pickle.dumps(jax.device_get(state))))
+    grads = gradients(params, 1)[0]
+    chex.assert_trees_all_equal(*(jax.jit(tx.update)(grads, s, params) for s in (state, again)))
 
 
 # --- Refused --------------------------------------------------------------------------------------
