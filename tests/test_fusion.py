@@ -178,6 +178,7 @@ def test_leaves_of_any_shape(platform, interpreted):
     tx = adam_jax.adamw(1e-2, mu_storage=INT8, nu_storage=INT4)
     # Where XLA lays a matrix out by columns, it has no kernel on a TPU.
     shapes = {"vector": (5000,), "stack": (2, 67, 128), "row": (1, 4100), "thin": (2, 2, 515, 10)}
+    shapes["stacked vectors"] = (12, 768)  # fewer rows than a block: no kernel
     rng = np.random.default_rng(0)
     params = random_tree(shapes, "float32", rng)
     params |= random_tree({"complex": (64, 65)}, "complex64", rng)
