@@ -45,9 +45,10 @@ def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
 @own_equation
 def spread(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
     """One number of every block for each of its elements."""
-    if x.shape[axis] == 1:
-        return x
     lengths = list(x.shape)
+    if x.shape[axis] == 1:
+        lengths[axis] = length
+        return jnp.broadcast_to(x, lengths)
     lengths.insert(axis + 1, block)
     repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), lengths)
     whole = joined(repeated, axis)

@@ -61,10 +61,7 @@ class Program:
             root = self.leaf.root(value)
             body = bodies.get(root, [])
             dtypes = {str(v.dtype) for equation in body for v in self.arrays(equation)}
-            # In codes, with fewer rows than a block: the scale is not spread, XLA broadcasts it.
-            own = {e.own[0]: e.outputs[0].shape for e in body if e.own}
-            few_rows = "largest" in own and own.get("spread", value.shape) != value.shape
-            if body and math.prod(value.shape) >= LARGE and dtypes <= DTYPES and not few_rows:
+            if body and math.prod(value.shape) >= LARGE and dtypes <= DTYPES:
                 if root in self.leaves:
                     raise ValueError(
                         "adam_jax fuses chains that treat every leaf by itself, and this one has "

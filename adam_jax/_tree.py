@@ -1,7 +1,7 @@
 """Trees: the places of their leaves, checks of one tree against another, tracing a leaf once."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +27,12 @@ def place(path: tuple) -> str:
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def owner(path: tuple, places: Container[tuple]) -> tuple | None:
+    """The place of the parameter that a part of a state belongs to: how the part's own ends."""
+    ends = (path[start:] for start in range(len(path) + 1))
+    return next((end for end in ends if end in places), None)
 
 
 # --- Checks ---------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@ r"""Another basis: matrices are turned, any chain runs there, and its update is 
 Adam divides element by element, so what it does depends on the basis that a matrix is written in.
 `in_basis(basis, tx)` is the chain :math:`B^{-1} \circ tx \circ B`; with the basis
 
-- `eigenvectors`, of the gradient's second moments, ``in_basis(eigenvectors(), adamw(3e-3))`` is
-  SOAP: the axes are those along which the gradients of rows and columns are uncorrelated;
+- `eigenvectors`, of the gradient's second moments, ``in_basis(eigenvectors(), adamw(3e-3, 0.95,
+  0.95))`` is SOAP: the axes are those along which the gradients of rows and columns are
+  uncorrelated;
 - `singular_vectors`, the leading ones of the gradient, ``in_basis(singular_vectors(128),
   adamw(1e-2))`` is GaLore: the moments have 128 rows (or columns) instead of all.
 
@@ -21,7 +22,7 @@ import optax
 
 from adam_jax._blocks import explicit, in_one_part
 from adam_jax._numbers import accumulator, check_count, check_hyperparameter, increment, wider
-from adam_jax._tree import at, check_params
+from adam_jax._tree import at, check_params, owner
 from adam_jax.signal import check_updates
 
 Sides = tuple[jax.Array | None, jax.Array | None]
@@ -117,10 +118,11 @@ def in_basis(
     nothing = basis.parts(*[None] * len(basis.parts._fields))
 
     def sides_of(parts):
-        return None if parts == nothing else basis.sides(parts)
+        return None if _left_out(parts) else basis.sides(parts)
 
     def on_each(fn, parts, grads, *others):
-        return [p if p == nothing else fn(p, g, *others) for p, g in zip(parts, grads, strict=True)]
+        pairs = zip(parts, grads, strict=True)
+        return [each if _left_out(each) else fn(each, grad, *others) for each, grad in pairs]
 
     def init_fn(params):
         check_params("in_basis", params)
@@ -176,6 +178,11 @@ def in_basis(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _left_out(parts: Any) -> bool:
+    """Whether a leaf has no other basis."""
+    return all(part is None for part in parts)
+
+
 def _into(leaf: Any, sides: Sides | None) -> Any:
     """U^H leaf W."""
     if sides is None:
@@ -207,14 +214,13 @@ def _turned_along(state: Any, structure: Any, changes: list) -> Any:
 
     They are found by their names in the states of this package and of optax.
     """
-    places = jax.tree_util.tree_leaves_with_path(structure.unflatten(range(len(changes))))
-    number = dict(places)
+    numbered = jax.tree_util.tree_leaves_with_path(structure.unflatten(range(len(changes))))
+    number = dict(numbered)
 
     def turned(path, leaf):
         names = {getattr(key, "name", None) for key in path}
-        ends = (path[start:] for start in range(len(path) + 1))
-        found = next((number[end] for end in ends if end in number), None)
-        if found is None or not names & FIRST_MOMENTS:
+        place = owner(path, number)
+        if place is None or not names & FIRST_MOMENTS:
             return leaf
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise ValueError(
@@ -222,7 +228,7 @@ def _turned_along(state: Any, structure: Any, changes: list) -> Any:
                 f"codes{at(path)} cannot be turned: keep them as they are, or in a dtype, with "
                 f"mu_storage=jnp.bfloat16."
             )
-        old, new = changes[found]
+        old, new = changes[number[place]]
         if old is None:
             return leaf
         return _beside(leaf, _into(_back(leaf, old), new)).astype(leaf.dtype)
@@ -299,9 +305,11 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
     :math:`U \leftarrow QR(L\,U)`. A step uses the vectors that came of the steps before it, so the
     first one changes no weight. The state has 2 m² + 2 n² numbers more for a matrix of m × n.
 
-    Along a vector that no gradient has a part in only roundings are left, and Adam divides them by
-    their own size: where gradients are few or alike, an ε of 1e-6 of their size keeps such steps
-    small.
+    Second moments do not turn with the basis. After a renewal an element may have those of another
+    direction, and where these are small, as in a direction that had no gradient, the step is long.
+    They must be forgotten soon: take b1 = b2 = 0.95, as the authors do. With b2 = 0.98 and more the
+    loss of a small network, whose gradients have fewer directions than axes, rose before it fell,
+    once a hundredfold.
 
     Args:
       decay: the rate :math:`\beta` of both averages, in [0, 1). Default 0.95.
@@ -318,7 +326,8 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
 
     Example:
       >>> import adam_jax
-      >>> soap = adam_jax.in_basis(adam_jax.basis.eigenvectors(every=10), adam_jax.adamw(3e-3))
+      >>> adamw = adam_jax.adamw(3e-3, b1=0.95, b2=0.95)
+      >>> soap = adam_jax.in_basis(adam_jax.basis.eigenvectors(), adamw)
 
     Source: Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (arXiv 2409.11321),
     algorithms 3 and 4.

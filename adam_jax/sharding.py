@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adam_jax._tree import at
+from adam_jax._tree import at, owner
 
 
 def state_shardings(
@@ -78,10 +78,10 @@ def state_shardings(
     state = jax.eval_shape(tx.init, shapes)
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     parts: dict[Any, list[Any]] = {place: [] for place in layouts}
-    owners = [_owner(path, layouts) for path, _ in leaves]
-    for owner, (_, leaf) in zip(owners, leaves, strict=True):
-        if owner is not None:
-            parts[owner].append(leaf)
+    owners = [owner(path, layouts) for path, _ in leaves]
+    for of, (_, leaf) in zip(owners, leaves, strict=True):
+        if of is not None:
+            parts[of].append(leaf)
     if zero is not None:
         layouts = {
             place: (shape, _split(zero, shape, sharding, parts[place]))
@@ -89,8 +89,8 @@ def state_shardings(
         }
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = [
-        everywhere if owner is None else beside(leaf.shape, *layouts[owner])
-        for owner, (_, leaf) in zip(owners, leaves, strict=True)
+        everywhere if of is None else beside(leaf.shape, *layouts[of])
+        for of, (_, leaf) in zip(owners, leaves, strict=True)
     ]
     return jax.tree.unflatten(structure, shardings)
 
@@ -178,12 +178,6 @@ def _layouts(params: Any) -> dict[tuple, tuple[tuple[int, ...], NamedSharding]]:
     if not layouts:
         raise ValueError("state_shardings needs a parameter, to know the mesh from it.")
     return layouts
-
-
-def _owner(path: tuple, layouts: dict[tuple, Any]) -> tuple | None:
-    """The place of the parameter that a part of a state belongs to: how the part's own ends."""
-    ends = (path[start:] for start in range(len(path) + 1))
-    return next((end for end in ends if end in layouts), None)
 
 
 # --- The axes of the mesh that an axis of an array is split over, always as a tuple --------------

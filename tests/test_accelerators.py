@@ -351,7 +351,7 @@ def test_what_lies_on_the_chip_is_not_moved():
 
 # --- Fused steps ----------------------------------------------------------------------------------
 
-TREE = [(4096, 4096), (50257, 768), (3, 3, 256, 256), (12, 768, 3072), (4096,)]
+TREE = [(4096, 4096), (50257, 768), (3, 3, 256, 256), (12, 768, 3072), (12, 768), (4096,)]
 EIGHT, FOUR = ({"mu_storage": s, "nu_storage": s} for s in (storage.int8(), storage.int4()))
 ROUNDED = adam_jax.round_stochastically()
 FUSED = {

@@ -294,6 +294,32 @@ def test_second_moments_in_8_bits():
     assert jnp.mean(path[-1]["kernel"] != path[0]["kernel"]) > 0.9
 
 
+@pytest.mark.parametrize("every", [2, 10])
+def test_gradients_of_few_directions(every):
+    """32 samples of 70 inputs: the eigenvectors of the others turn from step to step."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 70)), "float32")
+    due = jnp.sin(jnp.sum(x, axis=1, keepdims=True))
+    rng = np.random.default_rng(1)
+    shapes = {"in": (70, 64), "out": (64, 1)}
+    params = {
+        k: jnp.asarray(rng.normal(size=s) / s[0] ** 0.5, "float32") for k, s in shapes.items()
+    }
+    tx = adam_jax.in_basis(eigenvectors(every=every), adam_jax.adamw(3e-3, b1=0.95, b2=0.95))
+
+    def loss(params):
+        return jnp.mean((jnp.tanh(x @ params["in"]) @ params["out"] - due) ** 2)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    losses = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), length=60)[1])()
+    assert jnp.max(losses) == losses[0]
+    assert losses[-1] < losses[0] / 10
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @each_method
 def test_sharded(name, kind):
@@ -324,9 +350,10 @@ def test_a_state_survives_a_pickle(name):
     tx, _ = PUBLISHED[name]
     params = tree()
     _, state = trajectory(tx, params, gradients(params))
-    again = jax.tree.map(jnp.asarray, pickle.loads(pickle.dumps(jax.device_get(state))))
+    again = pickle.loads(pickle.dumps(jax.device_get(state)))  # of NumPy's arrays
     grads = gradients(params, 1)[0]
     chex.assert_trees_all_equal(*(jax.jit(tx.update)(grads, s, params) for s in (state, again)))
+    tx.update(grads, again, params)
 
 
 # --- Refused --------------------------------------------------------------------------------------
