@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import optax
 import transformer
-from commandline import hardware, positive
+from commandline import hardware, new_file, positive
 from flax import nnx
 from memory import gpt2
 from tqdm import tqdm
@@ -129,11 +129,12 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=200, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, help="runs (default: %(default)s)")
     parser.add_argument(
-        "--plot", type=Path, default=Path("basis.png"), help="the picture (default: %(default)s)"
+        "--plot",
+        type=new_file,
+        default=Path("basis.png"),
+        help="the picture (default: %(default)s)",
     )
     options = parser.parse_args()
-    if not options.plot.absolute().parent.is_dir():
-        parser.error(f"--plot: there is no directory {options.plot.absolute().parent}")
     print(f"{options.steps} steps, {options.seeds} seeds, on {hardware()}")
     methods = chains(warm_up_and_down(options.steps))
     with tqdm(total=len(methods) * options.seeds * options.steps, unit="step") as bar:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import jax
 
@@ -12,6 +13,18 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def directory(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {text}")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """A file to write, whose directory is there: told before any work is done."""
+    directory(str(Path(text).absolute().parent))
+    return Path(text)
 
 
 def hardware() -> str:

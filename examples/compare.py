@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from commandline import directory
 from PIL import Image
 from tqdm import tqdm
 
@@ -198,16 +199,14 @@ def main() -> None:
     )
     parser.add_argument(
         "--directory",
-        type=Path,
+        type=directory,
         default=Path(),
         help="where to write surfaces.png and counterexample.png (default: here)",
     )
-    directory = parser.parse_args().directory
-    if not directory.is_dir():
-        parser.error(f"--directory: there is no directory {directory}")
-    draw_surfaces(directory / "surfaces.png")
-    draw_counterexample(directory / "counterexample.png")
-    print(f"pictures: {directory / 'surfaces.png'}, {directory / 'counterexample.png'}")
+    where = parser.parse_args().directory
+    draw_surfaces(where / "surfaces.png")
+    draw_counterexample(where / "counterexample.png")
+    print(f"pictures: {where / 'surfaces.png'}, {where / 'counterexample.png'}")
 
 
 if __name__ == "__main__":

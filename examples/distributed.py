@@ -40,7 +40,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import transformer
-from commandline import positive
+from commandline import new_file, positive
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -416,12 +416,10 @@ def main() -> None:
         help="where they are kept (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--plot", type=Path, default=Path("distributed.png"),
+        "--plot", type=new_file, default=Path("distributed.png"),
         help="the picture (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args()
-    if not options.plot.absolute().parent.is_dir():
-        parser.error(f"--plot: there is no directory {options.plot.absolute().parent}")
     several(options) if options.processes else run(options)
 
 

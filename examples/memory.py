@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 import optax
 import transformer
-from commandline import hardware, positive
+from commandline import hardware, new_file, positive
 from flax import nnx
 from mnist import BATCH, Network, cross_entropy, shipped_digits
 from tqdm import tqdm
@@ -351,16 +351,16 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=positive, default=20, help="timed steps (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="where to write every figure (default: nowhere)")
     parser.add_argument(
-        "--plot", type=Path, default=Path("memory.png"), help="the picture (default: %(default)s)"
+        "--json", type=new_file, help="where to write every figure (default: nowhere)"
+    )
+    parser.add_argument(
+        "--plot",
+        type=new_file,
+        default=Path("memory.png"),
+        help="the picture (default: %(default)s)",
     )
     options = parser.parse_args()
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"--{name}: there is no directory {path.absolute().parent}")
-
     print("One round trip through each storage: change on the whole, and at most\n")
     print(round_trip_table())
     print(f"\n{len(CHOICES)} choices, {options.seeds} seeds, {options.steps} steps; {hardware()}")

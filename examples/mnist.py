@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+from commandline import new_file, positive
 from flax import nnx
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -265,15 +266,14 @@ def main() -> None:
         help="what is minimised; mse, between softmax and one-hot labels, is the article's "
         "(default: %(default)s)",
     )
-    parser.add_argument("--epochs", type=int, default=10, help="passes (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=10, help="passes (default: %(default)s)")
     parser.add_argument(
-        "--plot", type=Path, default=Path("mnist.png"), help="the picture (default: %(default)s)"
+        "--plot",
+        type=new_file,
+        default=Path("mnist.png"),
+        help="the picture (default: %(default)s)",
     )
     options = parser.parse_args()
-    if options.epochs < 1:
-        parser.error(f"--epochs must be at least 1, got {options.epochs}")
-    if not options.plot.absolute().parent.is_dir():
-        parser.error(f"--plot: there is no directory {options.plot.absolute().parent}")
 
     try:
         data = idx_digits(options.data_dir) if options.data_dir else shipped_digits()

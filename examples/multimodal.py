@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from commandline import hardware, positive
+from commandline import hardware, new_file, positive
 from flax import nnx
 from mnist import Data, shipped_digits
 from tqdm import tqdm
@@ -287,11 +287,9 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=400, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=positive, default=3, help="(default: %(default)s)")
     parser.add_argument(
-        "--plot", type=Path, default=Path("multimodal.png"), help="(default: %(default)s)"
+        "--plot", type=new_file, default=Path("multimodal.png"), help="(default: %(default)s)"
     )
     options = parser.parse_args()
-    if not options.plot.absolute().parent.is_dir():
-        parser.error(f"--plot: there is no directory {options.plot.absolute().parent}")
     data = shipped_digits()
     print(
         f"{len(data.train_labels)} digits and {TEXTS[..., 0].size} texts to train, "

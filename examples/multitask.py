@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
-from commandline import hardware, positive
+from commandline import directory, hardware, positive
 from compare import save
 from flax import nnx
 from mnist import Data, cross_entropy, shipped_digits
@@ -265,12 +265,10 @@ def main() -> None:
         help="a factor on the right digit's loss, which some methods mind (default: %(default)s)",
     )
     parser.add_argument(
-        "--directory", type=Path, default=Path(),
+        "--directory", type=directory, default=Path(),
         help="where to write multitask.png and multitask-toy.png (default: here)",
     )  # fmt: skip
     options = parser.parse_args()
-    if not options.directory.is_dir():
-        parser.error(f"--directory: there is no directory {options.directory}")
     start, found, data = time.perf_counter(), {}, shipped_digits()
     with tqdm(total=len(METHODS) * options.seeds * options.steps, unit="step") as bar:
         for name, tx in METHODS.items():

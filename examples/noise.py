@@ -11,14 +11,13 @@ import argparse
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from commandline import hardware, positive
+from commandline import hardware, new_file, positive
 from memory import CHOICES
 from tqdm import tqdm
 
@@ -133,10 +132,10 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=positive, default=6000, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="where to write every figure (default: nowhere)")
+    parser.add_argument(
+        "--json", type=new_file, help="where to write every figure (default: nowhere)"
+    )
     options = parser.parse_args()
-    if options.json and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no directory {options.json.absolute().parent}")
 
     print(f"{options.steps} steps, seed {options.seed}; {hardware()}")
     print("decay rates: adam m .9, v .999; ademamix m .9 and .9999, v .999; lion m .99")

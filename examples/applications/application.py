@@ -19,7 +19,7 @@ from flax import nnx
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent))  # the other examples: their digits and options
-from commandline import hardware, positive
+from commandline import hardware, new_file, positive
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,17 +47,9 @@ def parser(description: str, steps: int, plot: str) -> argparse.ArgumentParser:
         "--alone", action="store_true", help="leave out the run beside it with optax's optimizer"
     )
     made.add_argument(
-        "--plot", type=Path, default=Path(plot), help="the picture (default: %(default)s)"
+        "--plot", type=new_file, default=Path(plot), help="the picture (default: %(default)s)"
     )
     return made
-
-
-def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options given, checked before any work is done."""
-    options = made.parse_args()
-    if not options.plot.absolute().parent.is_dir():
-        made.error(f"--plot: there is no directory {options.plot.absolute().parent}")
-    return options
 
 
 def batches(seed: int, size: int, *arrays: np.ndarray) -> Iterable[tuple[np.ndarray, ...]]:

@@ -220,7 +220,7 @@ def draw(losses: dict, truth: Canvases, found: Detections, path: Path) -> None:
 def main() -> None:
     made = application.parser(__doc__, steps=800, plot="detection-MODEL.png")
     made.add_argument("--model", choices=MODELS, default="yolo", help="(default: %(default)s)")
-    options = application.parsed(made)
+    options = made.parse_args()
     plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
     digits = shipped_digits()
     canvases = paint(digits.train_images, digits.train_labels, TRAINING, options.seed)

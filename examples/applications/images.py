@@ -19,7 +19,6 @@ from application import (
     batches,
     difference,
     draw_losses,
-    parsed,
     parser,
     plt,
     report,
@@ -197,7 +196,7 @@ def draw(losses: dict, data: Data, read: np.ndarray, path: Path) -> None:
 def main() -> None:
     made = parser(__doc__, steps=400, plot="images-MODEL.png")
     made.add_argument("--model", choices=MODELS, default="vgg", help="(default: %(default)s)")
-    options = parsed(made)
+    options = made.parse_args()
     plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
 
     data = shipped_digits()

@@ -183,7 +183,7 @@ def main() -> None:
     made.add_argument(
         "--model", choices=("gpt", "bert"), default="gpt", help="default: %(default)s"
     )
-    options = application.parsed(made)
+    options = made.parse_args()
     plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
 
     text = language_reference()

@@ -230,7 +230,7 @@ def main() -> None:
     made = application.parser(__doc__, steps=3_000, plot="recommendation-MODEL.png")
     made.add_argument("--model", choices=TASKS, default="factors", help="(default: %(default)s)")
     made.add_argument("--data-dir", type=Path, help="a directory with a MovieLens set")
-    options = application.parsed(made)
+    options = made.parse_args()
     try:
         directory = options.data_dir
         data = ratings.movielens(directory) if directory else ratings.made(options.seed)

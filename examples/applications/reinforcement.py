@@ -325,7 +325,7 @@ def main() -> None:
     made.add_argument(
         "--workers", type=positive, default=1, help="threads of a3c (default: %(default)s: A2C)"
     )
-    options = application.parsed(made)
+    options = made.parse_args()
     if options.algorithm == "dqn" and options.workers > 1:
         made.error("--workers: dqn has one; add --algorithm a3c")
     if not 0 <= options.seed <= EVALUATION_SEED - options.workers:
