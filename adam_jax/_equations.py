@@ -98,9 +98,12 @@ def _stage(traces: Sequence[Any]) -> str:
 def inlined(
     closed: Any, inputs: Sequence[Any], traces: tuple = ()
 ) -> tuple[list[Equation], list[Any]]:
-    """The equations of a jaxpr and of all that it calls, and its results."""
-    jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-    env = dict(zip((*jaxpr.invars, *jaxpr.constvars), (*inputs, *consts), strict=True))
+    """The equations of a jaxpr and of all that it calls, and its results.
+
+    The inputs are those of its arguments, then those of what it closes over.
+    """
+    jaxpr = getattr(closed, "jaxpr", closed)
+    env = dict(zip((*jaxpr.invars, *jaxpr.constvars), inputs, strict=True))
     equations: list[Equation] = []
 
     def read(atom: Any) -> Any:
@@ -118,7 +121,8 @@ def inlined(
             called = next(
                 eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
             )
-            inside, results = inlined(called, operands, around)
+            consts = getattr(called, "consts", ())
+            inside, results = inlined(called, [*operands, *consts], around)
             equations += inside
         else:
             equations.append(equation)

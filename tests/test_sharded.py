@@ -89,9 +89,11 @@ def parts(moment, name):
 def test_every_layout_on_explicit_axes(name, axes):
     """Neither init nor update refuses one, and the codes lie as the parameters do."""
     tx = adam_jax.scale_by_moments(**STORAGES[name])
-    params = leaves(SHAPES, mesh_of("explicit", axes))
-    state = jax.eval_shape(tx.init, params)
-    moments, later = jax.eval_shape(tx.update, params, state)
+    mesh = mesh_of("explicit", axes)
+    params = leaves(SHAPES, mesh)
+    with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+        moments, later = jax.eval_shape(tx.update, params, state)
     described = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)  # noqa: E731
     assert described((state.mu, state.nu)) == described((later.mu, later.nu))
     for leaf, param in params.items():
