@@ -32,6 +32,8 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
     in blocks of a length that is no power of two, and on a TPU vectors and matrices that XLA lays
     out by columns there (such as 768 × 1000, whose rows would not fill its tiles).
 
+    On a GPU they are Pallas's Triton kernels, of which jax 0.12 warns that they are deprecated.
+
     Sharded leaves: inside `jax.shard_map`, on meshes with explicit axes, and on GPUs also on those
     with automatic axes, every device runs the kernels of its part. What cannot be cut so is an
     error, never gathered.

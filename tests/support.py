@@ -66,6 +66,9 @@ TOLERANCES = {
         "float32: gradients summed by more or fewer devices; seldom that draws the neighbouring "
         "code, which is a hundredth of a step of 1e-3",
     ),
+    "kernel": Tolerance(
+        1e-6, 0.0, "float32: an update is scaled in a kernel, or as XLA orders the factors; few ulp"
+    ),
     "cast to bfloat16": Tolerance(2**-8, 1e-6, "8 bits, rounded once; float32 cancels to 1e-6"),
     "cast to float16": Tolerance(2**-11, 1e-6, "11 bits, rounded once; float32 cancels to 1e-6"),
     "bfloat16": Tolerance(2**-7, 1e-8, "direction and step are each rounded to 8 bits"),
