@@ -3,7 +3,8 @@
 gradient ──scale_by_moments──▶ Moments ──bias_correct──▶ direction ──scale_by_lr──▶ update
 """
 
-from adam_jax import basis, storage, tasks
+from adam_jax import basis, rules, storage, tasks
+from adam_jax.average import Average
 from adam_jax.basis import in_basis
 from adam_jax.correction import (
     MixSlowMomentState,
@@ -20,22 +21,10 @@ from adam_jax.correction import (
     running_max,
 )
 from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
-from adam_jax.fusion import fuse, fused_step, recompute
-from adam_jax.learning_rate import (
-    ClipByScheduleState,
-    ScaleByLrState,
-    clip_by_schedule,
-    scale_by_lr,
-)
-from adam_jax.moments import (
-    ScaleByMomentsState,
-    Weight,
-    accumulated,
-    belief,
-    infinity,
-    scale_by_moments,
-    squared,
-)
+from adam_jax.from_optax import from_optax
+from adam_jax.fusion import fuse, fused_step
+from adam_jax.lazy import lazy
+from adam_jax.moments import ScaleByMomentsState, scale_by_moments
 from adam_jax.optimizers import (
     adabelief,
     adagrad,
@@ -60,16 +49,11 @@ from adam_jax.optimizers import (
     sgd,
     yogi,
 )
-from adam_jax.rounding import (
-    CompensateState,
-    RoundStochasticallyState,
-    compensate,
-    round_stochastically,
-)
-from adam_jax.rows import lazy
+from adam_jax.rounding import CompensateState, compensate, round_stochastically
+from adam_jax.rules import accumulated, belief, infinity, squared
 from adam_jax.sharding import state_shardings
-from adam_jax.signal import Average, Moments
-from adam_jax.takeover import from_optax
+from adam_jax.signal import Moments
+from adam_jax.updates import CountState, clip_by_schedule, scale_by_lr
 
 __version__ = "0.1.0"
 
@@ -79,8 +63,9 @@ __all__ = [
     "Average",
     # gradients of several tasks to one gradient: a module of stages
     "tasks",
-    # gradients to moments, and the rules for the second one (`moments.yogi` is the fifth)
+    # gradients to moments, and the rules for the second one (`rules.yogi` is the fifth)
     "scale_by_moments",
+    "rules",
     "squared",
     "belief",
     "infinity",
@@ -109,8 +94,6 @@ __all__ = [
     # updates to updates that low-precision parameters land on
     "round_stochastically",
     "compensate",
-    # a stage whose output is computed apart from its state: one kernel a leaf on a CPU
-    "recompute",
     # a chain in another basis of every matrix: SOAP, GaLore
     "in_basis",
     "basis",
@@ -125,13 +108,10 @@ __all__ = [
     "state_shardings",
     # the states
     "ScaleByMomentsState",
-    "Weight",
     "NesterovState",
     "RunningMaxState",
     "MixSlowMomentState",
-    "ClipByScheduleState",
-    "ScaleByLrState",
-    "RoundStochasticallyState",
+    "CountState",
     "CompensateState",
     # whole optimizers, one chain each
     "sgd",

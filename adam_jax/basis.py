@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._blocks import explicit, in_one_part
-from adam_jax._numbers import accumulator, check_count, check_hyperparameter, increment, wider
-from adam_jax._tree import at, check_params, owner
+from adam_jax._checks import check_count, check_hyperparameter, check_params
+from adam_jax._numerics import accumulator, as_count, increment, wider
+from adam_jax._ownership import at, owner
+from adam_jax.sharding import explicit, in_one_part
 from adam_jax.signal import check_updates
 
 Sides = tuple[jax.Array | None, jax.Array | None]
@@ -61,13 +62,13 @@ class InBasisState(NamedTuple):
     """The state of `in_basis`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
+      count: the number of steps taken, an int32 scalar that saturates.
       basis: what the basis keeps, a named tuple of trees like the parameters, with None where a
         leaf is left as it is.
       inner: the state of the chain, of parameters in that basis.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     basis: Any
     inner: optax.OptState
 
@@ -134,15 +135,16 @@ def in_basis(
         state = inner.init(structure.unflatten(map(_into, leaves, map(sides_of, parts))))
         if basis.follows:
             _turned_along(state, structure, [(None, None)] * len(leaves))  # or it cannot be
-        step = jnp.zeros([], jnp.int32)
-        return InBasisState(step, _as_trees(basis.parts, parts, structure), state)
+        return InBasisState(
+            jnp.zeros([], jnp.int32), _as_trees(basis.parts, parts, structure), state
+        )
 
     def update_fn(updates, state, params=None, **extra_args):
         check_updates("in_basis", updates)
         grads: list
         structure: Any
         grads, structure = jax.tree.flatten(updates)
-        count, parts = state.step, _as_leaves(state.basis, structure)
+        count, parts = as_count(state.count), _as_leaves(state.basis, structure)
 
         def renewed(parts, inner_state):
             new = on_each(basis.renew, parts, grads, count == 0)

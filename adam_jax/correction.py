@@ -6,18 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._numbers import (
-    Scalar,
-    check_bool,
-    check_hyperparameter,
-    check_scalar,
-    increment,
-    scalar,
-)
-from adam_jax._slot import Slot
-from adam_jax.moments import Weight
-from adam_jax.signal import Moments, kept_mu, kept_nu, map_moments, mixed, stateless
+from adam_jax._checks import check_bool, check_hyperparameter, check_scalar
+from adam_jax._jit import once
+from adam_jax._numerics import Scalar, as_count, increment, scalar
+from adam_jax.average import Average, mixed, no_weights, step_weights
+from adam_jax.signal import Moments, map_moments, stateless
 from adam_jax.storage import Storage
+from adam_jax.storage._protocol import Slot
 
 
 def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationExtraArgs:
@@ -48,17 +43,15 @@ def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationE
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), section 3.
     """
+    return stateless("debias", _debiased, check_bool("mu", mu), check_bool("nu", nu))
 
-    mu, nu = check_bool("mu", mu), check_bool("nu", nu)
 
-    def debiased(moments: Moments) -> Moments:
-        if mu:
-            moments = moments._replace(mu=moments.mu.debiased())
-        if nu and moments.nu is not None:
-            moments = moments._replace(nu=moments.nu.debiased())
-        return moments
-
-    return stateless("debias", debiased)
+def _debiased(moments: Moments, mu: bool, nu: bool) -> Moments:
+    if mu:
+        moments = moments._replace(mu=moments.mu.debiased())
+    if nu and moments.nu is not None:
+        moments = moments._replace(nu=moments.nu.debiased())
+    return moments
 
 
 def nesterov(
@@ -100,45 +93,54 @@ def nesterov(
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
     if momentum is None:
-        return stateless(
-            "nesterov", lambda moments: moments._replace(mu=moments.mu.looked_ahead(moments.grad))
-        )
+        return stateless("nesterov", _looked_ahead)
     if not callable(momentum):
         raise TypeError(f"momentum must be a schedule or None, got {momentum!r}.")
 
     def init_fn(params):
         del params
-        return NesterovState(jnp.zeros([], jnp.int32), Weight.none(momentum))
+        return NesterovState(jnp.zeros([], jnp.int32), no_weights(1))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        rates, weight = state.weight.average("momentum", momentum, state.step)
+        count = as_count(state.count)
+        averages, weights = step_weights("nesterov", state, {"momentum": momentum}, count)
 
-        def looked_ahead(moments: Moments) -> Moments:
-            mu = rates._replace(value=moments.mu.value, previous=moments.mu.previous)
-            debiased = jnp.asarray(moments.mu.weight) == 1  # by an earlier stage
-            mu = mu._replace(
-                weight=jnp.where(debiased, 1, mu.weight),
-                next_weight=jnp.where(debiased, 1, mu.next_weight),
-            )
-            return moments._replace(mu=mu.looked_ahead(moments.grad))
+        def looked_ahead(moments):
+            rates = averages["momentum"]._replace(previous=moments.mu.previous)
+            mu = once(_with_rates, moments.mu, rates)
+            return moments._replace(mu=once(Average.looked_ahead, mu, moments.grad))
 
         moments = map_moments("nesterov", looked_ahead, updates)
-        return moments, NesterovState(increment(state.step), weight)
+        return moments, NesterovState(increment(count), weights)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _looked_ahead(moments: Moments) -> Moments:
+    return moments._replace(mu=moments.mu.looked_ahead(moments.grad))
+
+
+def _with_rates(mu: Average, rates: Average) -> Average:
+    """A first moment with the weights of another schedule, or 1 if it has been debiased before."""
+    debiased = jnp.asarray(mu.weight) == 1
+    return rates._replace(
+        value=mu.value,
+        weight=jnp.where(debiased, 1, rates.weight),
+        next_weight=jnp.where(debiased, 1, rates.next_weight),
+    )
 
 
 class NesterovState(NamedTuple):
     """The state of `nesterov` with a momentum schedule.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
-      weight: the weight gathered under the momentum schedule.
+      count: the number of steps taken, an int32 scalar that saturates.
+      weights: the weight gathered under the momentum schedule, a float array with one column.
     """
 
-    step: jax.Array
-    weight: Weight
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+    weights: jax.Array
 
 
 def running_max(
@@ -179,32 +181,35 @@ def running_max(
     slot = Slot.of("running_max", "nu", nu_storage)
 
     def init_fn(params):
-        return RunningMaxState(jnp.zeros([], jnp.int32), slot.initial(params))
+        return RunningMaxState(jnp.zeros([], jnp.int32), slot.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        nu = map_moments("running_max", lambda moments: kept_nu(moments).value, updates)
-        largest, keep = slot.open(state.nu_max, nu, state.step)
-        nu = jax.tree.map(lambda nu, most: jnp.maximum(most.astype(nu.dtype), nu), nu, largest)
-        moments = map_moments(
-            "running_max", lambda m, nu: m._replace(nu=kept_nu(m).with_value(nu)), updates, nu
-        )
-        return moments, RunningMaxState(increment(state.step, draws=slot.rounds), keep(nu))
+        count = as_count(state.count)
+        nu = map_moments("running_max", lambda moments: moments.kept_nu().value, updates)
+        nu_max, save = slot.load(state.nu_max, nu, count)
+        nu_max = jax.tree.map(jnp.maximum, nu_max, nu)
+        moments = map_moments("running_max", _with_nu, updates, nu_max)
+        return moments, RunningMaxState(increment(count, draws=slot.rounds), save(nu_max))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_nu(moments: Moments, nu: jax.Array) -> Moments:
+    return moments._replace(nu=moments.kept_nu().with_value(nu))
 
 
 class RunningMaxState(NamedTuple):
     """The state of `running_max`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
+      count: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
         from 2**30 after 2**31 - 1.
       nu_max: the largest second moments so far, real, as their storage keeps them: a tree shaped
         like the parameters, or a NamedTuple of such trees.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     nu_max: Any
 
 
@@ -230,20 +235,21 @@ def center() -> optax.GradientTransformationExtraArgs:
     equations 38 to 45.
     """
 
-    def centered(moments: Moments) -> Moments:
-        if "rounded" in moments.seal:
-            raise ValueError(
-                "center takes the difference of two moments that are nearly equal, which is noise "
-                "if they were rounded between two steps: give adam_jax.scale_by_moments no "
-                "mu_storage and no nu_storage."
-            )
-        mu = kept_mu(moments)
-        # Of a steady gradient the difference is 0, and rounding may leave less.
-        nu = jnp.maximum(kept_nu(moments).value - jnp.real(jnp.conj(mu.value) * mu.value), 0)
-        grad = mu._replace(value=moments.grad.astype(mu.value.dtype), weight=1.0, next_weight=1.0)
-        return moments._replace(mu=grad, nu=kept_nu(moments).with_value(nu))
+    return stateless("center", _centered)
 
-    return stateless("center", centered)
+
+def _centered(moments: Moments) -> Moments:
+    if moments.rounded is not None:
+        raise ValueError(
+            "center takes the difference of two moments that are nearly equal, which is noise if "
+            "they were rounded between two steps: give adam_jax.scale_by_moments no mu_storage and "
+            "no nu_storage."
+        )
+    mu, nu = moments.kept_mu(), moments.kept_nu()
+    # Of a steady gradient the difference is 0, and rounding may leave less.
+    variance = jnp.maximum(nu.value - jnp.real(jnp.conj(mu.value) * mu.value), 0)
+    grad = Average.memoryless(moments.grad.astype(mu.value.dtype), mu.previous)
+    return moments._replace(mu=grad, nu=nu.with_value(variance))
 
 
 def delay() -> optax.GradientTransformationExtraArgs:
@@ -274,22 +280,23 @@ def delay() -> optax.GradientTransformationExtraArgs:
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 1.
     """
 
-    def delayed(moments: Moments) -> Moments:
-        nu = kept_nu(moments).previous
-        if nu is None:
-            raise TypeError(
-                "delay takes up what came into scale_by_moments, and an earlier delay has taken it "
-                "already: leave one of the two out."
-            )
-        unknown = jnp.asarray(nu.weight) == 0
-        nu = nu._replace(
-            value=jnp.where(unknown, jnp.inf, nu.value),
-            weight=jnp.where(unknown, 1, nu.weight),
-            next_weight=jnp.where(unknown, 1, nu.next_weight),
-        )
-        return moments._replace(nu=nu)
+    return stateless("delay", _delayed)
 
-    return stateless("delay", delayed)
+
+def _delayed(moments: Moments) -> Moments:
+    nu = moments.kept_nu().previous
+    if nu is None:
+        raise TypeError(
+            "delay takes up what came into scale_by_moments, and an earlier delay has taken it "
+            "already: leave one of the two out."
+        )
+    unknown = jnp.asarray(nu.weight) == 0
+    nu = nu._replace(
+        value=jnp.where(unknown, jnp.inf, nu.value),
+        weight=jnp.where(unknown, 1, nu.weight),
+        next_weight=jnp.where(unknown, 1, nu.next_weight),
+    )
+    return moments._replace(nu=nu)
 
 
 def floor(*, eps: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -318,14 +325,13 @@ def floor(*, eps: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 1.
     """
-    eps = check_hyperparameter("eps", eps)
+    return stateless("floor", _floored, check_hyperparameter("eps", eps))
 
-    def floored(moments: Moments) -> Moments:
-        nu = kept_nu(moments)
-        least = scalar(eps, nu.value.dtype) ** 2
-        return moments._replace(nu=nu.with_value(jnp.maximum(nu.value, least)))
 
-    return stateless("floor", floored)
+def _floored(moments: Moments, eps: Scalar) -> Moments:
+    nu = moments.kept_nu()
+    least = scalar(eps, nu.value.dtype) ** 2
+    return moments._replace(nu=nu.with_value(jnp.maximum(nu.value, least)))
 
 
 def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
@@ -353,12 +359,11 @@ def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675),
     algorithm 2 (Lion).
     """
-    b1 = check_hyperparameter("b1", b1, upper=1)
+    return stateless("interpolate", _interpolated, check_hyperparameter("b1", b1, upper=1))
 
-    def interpolated(moments: Moments) -> Moments:
-        return moments._replace(mu=kept_mu(moments).previous.stepped(moments.grad, b1))
 
-    return stateless("interpolate", interpolated)
+def _interpolated(moments: Moments, b1: Scalar) -> Moments:
+    return moments._replace(mu=moments.kept_mu().previous.stepped(moments.grad, b1))
 
 
 def mix_slow_moment(
@@ -402,43 +407,47 @@ def mix_slow_moment(
     slot = Slot.of("mix_slow_moment", "mu", mu_storage)
 
     def init_fn(params):
-        return MixSlowMomentState(jnp.zeros([], jnp.int32), slot.initial(params))
+        return MixSlowMomentState(jnp.zeros([], jnp.int32), slot.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        count = as_count(state.count)
         decay, share = (
-            check_scalar(name, value(state.step)) if callable(value) else value
+            check_scalar(name, value(count)) if callable(value) else value
             for name, value in (("b3", b3), ("alpha", alpha))
         )
+        mu = map_moments("mix_slow_moment", lambda moments: moments.mu.value, updates)
+        slow, save = slot.load(state.mu_slow, mu, count)
 
         def slower(moments, slow):
-            dtype = moments.mu.value.dtype
-            return mixed(slow.astype(dtype), moments.grad.astype(dtype), decay)
+            return once(mixed, slow, moments.grad.astype(slow.dtype), decay)
 
         def added(moments, slow):
-            mu = moments.mu.value + scalar(share, slow.dtype) * slow
-            return moments._replace(mu=moments.mu.with_value(mu))
+            return moments._replace(mu=once(_added, moments.mu, slow, share))
 
-        mu = map_moments("mix_slow_moment", lambda moments: moments.mu.value, updates)
-        slow, keep = slot.open(state.mu_slow, mu, state.step)
         slow = map_moments("mix_slow_moment", slower, updates, slow)
         moments = map_moments("mix_slow_moment", added, updates, slow)
-        return moments, MixSlowMomentState(increment(state.step, draws=slot.rounds), keep(slow))
+        return moments, MixSlowMomentState(increment(count, draws=slot.rounds), save(slow))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _added(mu: Average, slow: jax.Array, share: Scalar) -> Average:
+    slow = slow.astype(mu.value.dtype)
+    return mu.with_value(mu.value + scalar(share, slow.dtype) * slow)
 
 
 class MixSlowMomentState(NamedTuple):
     """The state of `mix_slow_moment`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
+      count: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
         from 2**30 after 2**31 - 1.
       mu_slow: the slow first moments, as their storage keeps them: a tree shaped like the
         parameters, or a NamedTuple of such trees.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     mu_slow: Any
 
 
@@ -469,12 +478,13 @@ def cautious() -> optax.GradientTransformationExtraArgs:
     Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
     """
 
-    def agreeing(moments: Moments) -> Moments:
-        mu = moments.mu.value
-        product = jnp.real(jnp.conj(mu) * moments.grad.astype(mu.dtype))
-        agrees = (product > 0).astype(product.dtype)
-        share = jnp.mean(agrees) if mu.size else 1.0
-        scale = agrees / jnp.maximum(share, 1e-3)
-        return moments._replace(mu=moments.mu.with_value(mu * scale.astype(mu.dtype)))
+    return stateless("cautious", _agreeing)
 
-    return stateless("cautious", agreeing)
+
+def _agreeing(moments: Moments) -> Moments:
+    mu = moments.mu.value
+    product = jnp.real(jnp.conj(mu) * moments.grad.astype(mu.dtype))
+    agrees = (product > 0).astype(product.dtype)
+    share = jnp.mean(agrees) if mu.size else 1.0
+    scale = agrees / jnp.maximum(share, 1e-3)
+    return moments._replace(mu=moments.mu.with_value(mu * scale.astype(mu.dtype)))

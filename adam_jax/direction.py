@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from adam_jax._numbers import Scalar, check_bool, check_hyperparameter, scalar
-from adam_jax.signal import Average, Moments, kept_nu, to_updates
+from adam_jax._checks import check_bool, check_hyperparameter
+from adam_jax._numerics import Scalar, quotient, scalar, sqrt
+from adam_jax.average import Average
+from adam_jax.signal import Moments, to_updates
 
 
 def normalize(
@@ -44,10 +46,11 @@ def normalize(
     eps = check_hyperparameter("eps", eps)
     eps_root = check_hyperparameter("eps_root", eps_root)
 
-    def normalized(moments: Moments) -> jax.Array:
-        return quotient(moments.mu.value, kept_nu(moments).value, eps, eps_root)
+    return to_updates("normalize", _normalized, eps, eps_root)
 
-    return to_updates("normalize", normalized)
+
+def _normalized(moments: Moments, eps: Scalar, eps_root: Scalar) -> jax.Array:
+    return quotient(moments.mu.value, moments.kept_nu().value, eps, eps_root)
 
 
 def bias_correct(
@@ -92,13 +95,14 @@ def bias_correct(
     eps_root = check_hyperparameter("eps_root", eps_root)
     eps_hat = check_bool("eps_hat", eps_hat)
 
-    def corrected(moments: Moments) -> jax.Array:
-        mu, nu = moments.mu, kept_nu(moments)
-        if not eps_hat:
-            return quotient(mu.debiased().value, nu.debiased().value, eps, eps_root)
-        return quotient(_rescaled(mu, nu), nu.value, eps, eps_root)
+    return to_updates("bias_correct", _corrected, eps, eps_root, eps_hat)
 
-    return to_updates("bias_correct", corrected)
+
+def _corrected(moments: Moments, eps: Scalar, eps_root: Scalar, eps_hat: bool) -> jax.Array:
+    mu, nu = moments.mu, moments.kept_nu()
+    if eps_hat:
+        return quotient(_rescaled(mu, nu), nu.value, eps, eps_root)
+    return quotient(mu.debiased().value, nu.debiased().value, eps, eps_root)
 
 
 def rectify(
@@ -150,24 +154,25 @@ def rectify(
     threshold = check_hyperparameter("threshold", threshold)
     if not isinstance(threshold, Tracer) and threshold < 4:
         raise ValueError(f"threshold must be at least 4, got {float(threshold)!r}.")
-
     eps_hat = check_bool("eps_hat", eps_hat)
+    return to_updates("rectify", _rectified, eps, eps_root, threshold, eps_hat)
 
-    def rectified(moments: Moments) -> jax.Array:
-        mu, nu = moments.mu.debiased(), kept_nu(moments)
-        length, long_enough = nu.length, nu.length >= scalar(threshold, jnp.result_type(float))
-        limit = _limit(nu)
-        # A length below 4 has no root: it must reach neither the value nor the derivative.
-        safe = jnp.where(long_enough, length, 5.0)
-        ratio = (safe - 4.0) * (safe - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * safe)
-        scaled = mu.with_value(scalar(jnp.sqrt(ratio), mu.value.dtype) * mu.value)
-        if eps_hat:
-            divided = quotient(_rescaled(scaled, nu), nu.value, eps, eps_root)
-        else:
-            divided = quotient(scaled.value, nu.debiased().value, eps, eps_root)
-        return jnp.where(long_enough, divided, mu.value)
 
-    return to_updates("rectify", rectified)
+def _rectified(
+    moments: Moments, eps: Scalar, eps_root: Scalar, threshold: Scalar, eps_hat: bool
+) -> jax.Array:
+    mu, nu = moments.mu.debiased(), moments.kept_nu()
+    length, long_enough = nu.length, nu.length >= scalar(threshold, jnp.result_type(nu.length))
+    limit = _limit(nu)
+    # A length below 4 has no root: it must reach neither the value nor the derivative.
+    safe = jnp.where(long_enough, length, 5.0)
+    ratio = (safe - 4.0) * (safe - 2.0) * limit / ((limit - 4.0) * (limit - 2.0) * safe)
+    scaled = mu.with_value(scalar(jnp.sqrt(ratio), mu.value.dtype) * mu.value)
+    if eps_hat:
+        divided = quotient(_rescaled(scaled, nu), nu.value, eps, eps_root)
+    else:
+        divided = quotient(scaled.value, nu.debiased().value, eps, eps_root)
+    return jnp.where(long_enough, divided, mu.value)
 
 
 def _limit(nu: Average) -> Scalar:
@@ -212,18 +217,19 @@ def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransfo
     """
     scale = check_hyperparameter("scale", scale)
 
-    def angle(moments: Moments) -> jax.Array:
-        mu, root = moments.mu.debiased().value, sqrt(kept_nu(moments).debiased().value)
-        # atan2(0, 0) is 0 with an undefined derivative, atan2(0, 1) is 0 with a derivative.
-        root = jnp.where((root == 0) & (mu == 0), 1, root)
-        if jnp.iscomplexobj(mu):
-            angle = jnp.sign(mu) * jnp.arctan2(jnp.abs(mu), root).astype(mu.dtype)
-        else:
-            angle = jnp.arctan2(mu, root)
-        # An infinite gradient has an angle, 0 times it has none: it shall not pass unseen.
-        return scalar(scale, mu.dtype) * (angle + 0 * mu)
+    return to_updates("atan2", _angle, scale)
 
-    return to_updates("atan2", angle)
+
+def _angle(moments: Moments, scale: Scalar) -> jax.Array:
+    mu, root = moments.mu.debiased().value, sqrt(moments.kept_nu().debiased().value)
+    # atan2(0, 0) is 0 with an undefined derivative, atan2(0, 1) is 0 with a derivative.
+    root = jnp.where((root == 0) & (mu == 0), 1, root)
+    if jnp.iscomplexobj(mu):
+        angle = jnp.sign(mu) * jnp.arctan2(jnp.abs(mu), root).astype(mu.dtype)
+    else:
+        angle = jnp.arctan2(mu, root)
+    # An infinite gradient has an angle, 0 times it has none: it shall not pass unseen.
+    return scalar(scale, mu.dtype) * (angle + 0 * mu)
 
 
 def first_moment() -> optax.GradientTransformationExtraArgs:
@@ -246,52 +252,13 @@ def first_moment() -> optax.GradientTransformationExtraArgs:
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
     """
-    return to_updates("first_moment", lambda moments: moments.mu.value)
+    return to_updates("first_moment", _first_moment)
+
+
+def _first_moment(moments: Moments) -> jax.Array:
+    return moments.mu.value
 
 
 def _rescaled(mu: Average, nu: Average) -> jax.Array:
     """The first moment corrected for both weights, the second being left as it is."""
     return mu.value * scalar(jnp.sqrt(nu.weight) / mu.weight, mu.value.dtype)
-
-
-def quotient(
-    mu: jax.Array, nu: jax.Array, eps: jax.typing.ArrayLike, eps_root: jax.typing.ArrayLike
-) -> jax.Array:
-    """The first moment over the root of the second, and 0 where that is 0.
-
-    A number known to be 0 is not added, and a divisor known not to be 0 is not guarded: XLA would
-    find that out for every leaf, which a model of many leaves spends a fifth of its compilation on.
-    Without epsilons the guard is under the root, because XLA makes one operation of m / √v.
-    """
-    zero, zero_root = (isinstance(e, float) and e == 0 for e in (eps, eps_root))
-    if not zero_root:
-        nu = nu + scalar(eps_root, nu.dtype)
-    elif zero:
-        nu = jax.lax.select(nu == 0, jax.lax.full_like(nu, jnp.inf), nu)
-    root = sqrt(nu)
-    if not zero:
-        root = root + scalar(eps, nu.dtype)
-    known = any(isinstance(e, float) and e >= jnp.finfo(nu.dtype).tiny for e in (eps, eps_root))
-    divide = jax.lax.div if known or (zero and zero_root) else safe_divide
-    return divide(mu, root.astype(mu.dtype))
-
-
-@jax.custom_jvp
-def sqrt(x: jax.Array) -> jax.Array:
-    """The root, with derivative 0 at 0: infinity there would turn every meta-gradient to NaN."""
-    return jax.lax.sqrt(x)
-
-
-@sqrt.defjvp
-def _sqrt_jvp(primals, tangents):
-    root = sqrt(primals[0])
-    return root, safe_divide(tangents[0], 2 * root)
-
-
-def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The quotient, and 0 where the divisor is 0.
-
-    One select on the divisor: it stops the derivative too, and leaves XLA the division to simplify
-    as it does for optax (a select on the quotient would cost the bitwise equality).
-    """
-    return x / jax.lax.select(y == 0, jax.lax.full_like(y, jnp.inf), y)

@@ -1,258 +1,24 @@
 """The first stage: gradients in, moments out. It holds the only large state of the pipeline."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._numbers import (
-    Scalar,
-    accumulator,
-    check_hyperparameter,
-    check_scalar,
-    increment,
-    real,
-    scalar,
-    wider,
-)
-from adam_jax._slot import Slot
-from adam_jax._tree import at, check_params, traced_once
-from adam_jax.signal import Average, Moments, check_updates, kept_nu, map_values, mixed, sealed
+from adam_jax._checks import check_hyperparameter, check_params
+from adam_jax._jit import once
+from adam_jax._numerics import accumulator, as_count, increment, real, scalar, wider
+from adam_jax._ownership import at
+from adam_jax.average import Average, mixed, no_weights, step_weights
+from adam_jax.rules import squared
+from adam_jax.signal import INTACT, Moments, check_updates, map_values
 from adam_jax.storage import Storage
+from adam_jax.storage._protocol import Slot
 
-SecondMoment = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
-
-
-def squared(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float) -> jax.Array:
-    r"""Adam's second moment, the moving average of the squared gradient.
-
-    .. math:: v_t = (1 - b_2) |g_t|^2 + b_2 v_{t-1}
-
-    Args:
-      grad: the gradient :math:`g_t` of one leaf, real or complex, at least float32.
-      mu: the first moment :math:`m_t`, already updated, same shape; not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, same shape, real.
-      decay: the rate :math:`b_2`, a scalar.
-
-    Returns:
-      The second moment :math:`v_t`, shape and dtype of `nu`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(squared(jnp.array([2.0]), jnp.zeros(1), jnp.array([1.0]), 0.75))
-      [1.75]
-
-    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1.
-    """
-    del mu
-    return mixed(nu, jnp.real(jnp.conj(grad) * grad), decay)
-
-
-def belief(
-    grad: jax.Array,
-    mu: jax.Array,
-    nu: jax.Array,
-    decay: jax.Array | float,
-    *,
-    eps_root: Scalar = 0.0,
-) -> jax.Array:
-    r"""AdaBelief's second moment: how far the gradient is from what the first moment expects.
-
-    .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
-
-    Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment :math:`m_t`, already updated.
-      nu: the second moment :math:`v_{t-1}`, real.
-      decay: the rate :math:`b_2`, a scalar.
-      eps_root: added at every step, to the moment that is kept. Default 0.
-
-    Returns:
-      The second moment :math:`v_t`, shape and dtype of `nu`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(belief(jnp.array([2.0]), jnp.array([1.0]), jnp.array([0.0]), 0.75))
-      [0.25]
-
-    Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
-    """
-    return squared(grad - mu, mu, nu, decay) + scalar(eps_root, nu.dtype)
-
-
-def yogi(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float) -> jax.Array:
-    r"""Yogi's second moment: it moves by a share of the squared gradient, however far it is off.
-
-    .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
-
-    Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment, not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, real.
-      decay: the rate :math:`b_2`, a scalar.
-
-    Returns:
-      The second moment :math:`v_t`, shape and dtype of `nu`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(yogi(jnp.array([2.0]), jnp.zeros(1), jnp.array([1.0]), 0.75))
-      [2.]
-
-    Source: Zaheer et al., "Adaptive Methods for Nonconvex Optimization" (NeurIPS 2018), section 4.
-    """
-    del mu
-    square = jnp.real(jnp.conj(grad) * grad)
-    return nu - (1 - decay) * jnp.sign(nu - square) * square
-
-
-def infinity(
-    grad: jax.Array,
-    mu: jax.Array,
-    nu: jax.Array,
-    decay: jax.Array | float,
-    *,
-    eps: Scalar = 0.0,
-) -> jax.Array:
-    r"""Adamax's second moment, the square of the decaying maximum of the gradient.
-
-    .. math:: \sqrt{v_t} = \max(b_2 \sqrt{v_{t-1}}, |g_t| + \varepsilon)
-
-    A maximum gathers no weight: follow it with ``debias(nu=False)`` and ``normalize(eps=0)``.
-
-    Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment, not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, real.
-      decay: the rate :math:`b_2`, a scalar.
-      eps: added to the magnitude of the gradient. Default 0.
-
-    Returns:
-      The second moment :math:`v_t`, shape and dtype of `nu`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(infinity(jnp.array([2.0]), jnp.zeros(1), jnp.array([36.0]), 0.5))
-      [9.]
-
-    Source: Kingma and Ba, "Adam" (arXiv 1412.6980), section 7.1.
-    """
-    del mu
-    return jnp.maximum(decay**2 * nu, jnp.square(jnp.abs(grad) + scalar(eps, nu.dtype)))
-
-
-def accumulated(
-    grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float
-) -> jax.Array:
-    r"""Adagrad's second moment, the sum of all squared gradients.
-
-    .. math:: v_t = v_{t-1} + |g_t|^2
-
-    A sum does not decay: with ``b2=0`` its weight is 1 from the first step on.
-
-    Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment, not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, real.
-      decay: not used by this rule.
-
-    Returns:
-      The second moment :math:`v_t`, shape and dtype of `nu`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> print(accumulated(jnp.array([2.0]), jnp.zeros(1), jnp.array([1.0]), 0.0))
-      [5.]
-
-    Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011), figure 1.
-    """
-    del mu, decay
-    return nu + jnp.real(jnp.conj(grad) * grad)
-
-
-class Weight(NamedTuple):
-    r"""The weight :math:`1 - \prod b_s` that an average has gathered, whatever its rates were.
-
-    Attributes:
-      value: the weight, a scalar in the default float dtype.
-      error: what rounding left out of `value`. Adding 10⁵ small terms in float32 is off by 1e-3;
-        with the rounding error carried along (Kahan's summation) it stays within 1e-6.
-      age: the sum of weight times age over the gradients gathered.
-      decay: the rate of the last step, or of the first before it; negative once it has moved.
-      ahead: the weight after the next step, if that has the same rate.
-    """
-
-    value: jax.Array
-    error: jax.Array
-    age: jax.Array
-    decay: jax.Array
-    ahead: jax.Array
-
-    @classmethod
-    def none(cls, decay: Any) -> "Weight":
-        """Nothing gathered yet."""
-        value, error, age = (jnp.zeros([], float) for _ in range(3))  # each may be donated
-        decay = jnp.asarray(decay if isinstance(decay, float) else 0.0, float)
-        # As in a step, by the device: its power may be inexact, which one that XLA folds is not.
-        one = jax.lax.optimization_barrier(jnp.ones([], float))
-        return cls(value, error, age, decay, 1 - decay**one)
-
-    def gather(self, decay: Scalar) -> "Weight":
-        """One step on: the moving average of the constant 1."""
-        decay = jnp.asarray(decay).astype(self.value.dtype)
-        missing = (1 - self.value) - self.error
-        step = (1 - decay) * missing + self.error
-        value = self.value + step
-        error = step - (value - self.value)
-        return self._replace(value=value, error=error, age=decay * (self.age + self.value))
-
-    @property
-    def positive(self) -> jax.Array:
-        """The weight to divide by: rates of exactly 1 have gathered none, and moments of 0.
-
-        The least weight that a rate below 1 can gather in this dtype, so that no other is changed.
-        """
-        return jnp.maximum(self.value, jnp.finfo(self.value.dtype).epsneg)
-
-    @property
-    def length(self) -> jax.Array:
-        """The `Average.length` of what has been gathered."""
-        return 2 * self.age / self.positive + 1
-
-    def average(self, name: str, decay: Any, count: jax.Array) -> tuple[Average, "Weight"]:
-        """An average of this step, but for its value, and the weight to keep.
-
-        As long as the rate is one number the weight is `1 - decay**t`, optax's arithmetic to the
-        letter, so that the results are bitwise its results. It is computed a step ahead, so that
-        the kernels of the leaves only read it.
-        """
-        step = increment(count)
-        now = check_scalar(name, decay(count)) if callable(decay) else decay
-        next_decay = check_scalar(name, decay(step)) if callable(decay) else decay
-        rate = jnp.asarray(now).astype(self.value.dtype)
-        steady = (count == 0) | (self.decay == rate)
-        kept = self.gather(rate)
-        weights = [self.value, kept.positive, kept.gather(next_decay).positive]
-        length, ahead = kept.length, kept.gather(rate).value
-        if isinstance(decay, float):
-            before, t, after = (jnp.asarray(i, float) for i in (count, step, increment(step)))
-            power = lambda t: rate**t  # noqa: E731
-            moved = rate - jnp.abs(self.decay)  # since the last step: 0, most of the time
-            weights = [
-                jnp.where(steady, 1 - power(before), self.value),
-                self.ahead - moved * (1 - self.value),
-                jnp.where(steady, 1 - power(after), weights[2]),
-            ]
-            closed = 2 / (1 - decay) - 1 - 2 * t * power(t) / (1 - power(t))
-            length, ahead = jnp.where(steady, closed, length), weights[2]
-            # XLA divides by what has one use in another way than by what has several, and in optax
-            # the weight is used by the leaves alone, not kept for the next step.
-            weights[2] = jax.lax.optimization_barrier(weights[2])
-        previous = Average(None, now, weights[0], now, weights[1], self.length)
-        average = Average(None, now, weights[1], next_decay, weights[2], length, previous)
-        return average, kept._replace(decay=jnp.where(steady, rate, -rate), ahead=ahead)
+SecondMoment: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
 
 
 class ScaleByMomentsState(NamedTuple):
@@ -264,15 +30,14 @@ class ScaleByMomentsState(NamedTuple):
       mu: the first moments, as their storage keeps them: a tree shaped like the parameters, or a
         NamedTuple of such trees. None if `b1` is None.
       nu: the second moments, likewise, real; None if `b2` is None.
-      mu_weight: the weight that `mu` has gathered; None if `b1` is None.
-      nu_weight: likewise for `nu` and `b2`.
+      weights: the weights that the moments have gathered, a small float array with a column for
+        each moment; all zeros as long as a fresh state has not stepped.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     mu: Any
     nu: Any
-    mu_weight: Any
-    nu_weight: Any
+    weights: jax.Array
 
 
 def scale_by_moments(
@@ -341,8 +106,11 @@ def scale_by_moments(
     """
     if b1 is None and b2 is None:
         raise ValueError("b1 and b2 are both None: there is no moment left to keep.")
-    b1 = None if b1 is None else check_hyperparameter("b1", b1, upper=1, schedule=True)
-    b2 = None if b2 is None else check_hyperparameter("b2", b2, upper=1, schedule=True)
+    rates = {
+        name: check_hyperparameter(name, rate, upper=1, schedule=True)
+        for name, rate in (("b1", b1), ("b2", b2))
+        if rate is not None
+    }
     initial_nu = check_hyperparameter("initial_nu", initial_nu)
     mu_slot = Slot.of("scale_by_moments", "mu", mu_storage)
     nu_slot = Slot.of("scale_by_moments", "nu", nu_storage)
@@ -351,72 +119,84 @@ def scale_by_moments(
         raise TypeError(
             f"second_moment must be a function (grad, mu, nu, decay) -> nu, got {rule!r}."
         )
-    seal = sealed(rounded=mu_slot.rounds or nu_slot.rounds)
+    if isinstance(rule, functools.partial):  # a pytree, whose arrays may be traced
+        rule = jax.tree_util.Partial(rule.func, *rule.args, **rule.keywords)
+    rounded = () if mu_slot.rounds or nu_slot.rounds else None
 
     def init_fn(params):
         check_params("scale_by_moments", params)
         return ScaleByMomentsState(
             count=jnp.zeros([], jnp.int32),
-            mu=None if b1 is None else mu_slot.initial(params, initial_mu),
-            nu=None if b2 is None else nu_slot.initial(params, initial_nu),
-            mu_weight=None if b1 is None else Weight.none(b1),
-            nu_weight=None if b2 is None else Weight.none(b2),
+            mu=mu_slot.init(params, initial_mu) if "b1" in rates else None,
+            nu=nu_slot.init(params, initial_nu) if "b2" in rates else None,
+            weights=no_weights(len(rates)),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_updates("scale_by_moments", updates)
-        mu = nu = keep_mu = keep_nu = mu_weight = nu_weight = None
-        last_mu = last_nu = jax.tree.map(lambda _: None, updates)
-        if b1 is not None:
-            last_mu, keep_mu = mu_slot.open(state.mu, updates, state.count)
-            mu, mu_weight = state.mu_weight.average("b1", b1, state.count)
-        if b2 is not None:
-            last_nu, keep_nu = nu_slot.open(state.nu, updates, state.count)
-            nu, nu_weight = state.nu_weight.average("b2", b2, state.count)
+        count = as_count(state.count)
+        averages, weights = step_weights("scale_by_moments", state, rates, count)
+        mu, nu = (averages.get(name) for name in ("b1", "b2"))
+        old_mu = old_nu = jax.tree.map(lambda _: None, updates)
+        if mu is not None:
+            old_mu, save_mu = mu_slot.load(state.mu, updates, count)
+        if nu is not None:
+            old_nu, save_nu = nu_slot.load(state.nu, updates, count)
 
-        @traced_once
-        def averaged(grad, last_mu, last_nu, b1, b2):
-            mu = grad if last_mu is None else mixed(last_mu, grad, b1)
-            nu = None if last_nu is None else rule(grad, mu, last_nu, scalar(b2, last_nu.dtype))
-            return mu, nu
-
-        def moments_of(path, grad, last_mu, last_nu):
+        def moments_of(path, grad, old_mu, old_nu):
             grad = jnp.asarray(grad)
-            dtype = accumulator(grad.dtype)
-            for last in (last_mu, last_nu):
-                dtype = dtype if last is None else wider(dtype, last.dtype)
-            last_mu = None if last_mu is None else last_mu.astype(dtype)
-            last_nu = None if last_nu is None else last_nu.astype(real(dtype))
-            rates = mu and mu.decay, nu and nu.decay
-            new_mu, new_nu = averaged(grad.astype(dtype), last_mu, last_nu, *rates)
-            due = grad.shape, real(dtype)
-            got = getattr(new_nu, "shape", None), getattr(new_nu, "dtype", None)
-            if last_nu is not None and got != due:
-                returned = f"{got[0]} and {got[1]}" if got[1] is not None else repr(new_nu)
-                raise ValueError(
-                    f"second_moment must keep the shape and dtype of nu, {due[0]} and {due[1]}, "
-                    f"but{at(path)} it returned {returned}."
-                )
+            decays = mu and mu.decay, nu and nu.decay
+            new_mu, new_nu = once(_averaged, rule, grad, old_mu, old_nu, *decays)
+            if nu is not None:
+                _check_nu(path, new_nu, new_mu)
             return Moments(
                 grad=grad,
-                mu=_filled(mu, new_mu, last_mu) if mu else Average(new_mu, 0.0, 1.0, 0.0, 1.0),
-                nu=_filled(nu, new_nu, last_nu) if nu else None,
-                seal=seal,
+                mu=_of_leaf(mu, new_mu, old_mu) if mu else Average.memoryless(new_mu),
+                nu=_of_leaf(nu, new_nu, old_nu) if nu else None,
+                intact=INTACT,
+                rounded=rounded,
             )
 
-        moments = jax.tree_util.tree_map_with_path(moments_of, updates, last_mu, last_nu)
+        moments = jax.tree_util.tree_map_with_path(moments_of, updates, old_mu, old_nu)
         return moments, ScaleByMomentsState(
-            count=increment(state.count, draws=mu_slot.rounds or nu_slot.rounds),
-            mu=keep_mu and keep_mu(map_values(lambda m: m.mu.value, moments)),
-            nu=keep_nu and keep_nu(map_values(lambda m: kept_nu(m).value, moments)),
-            mu_weight=mu_weight,
-            nu_weight=nu_weight,
+            count=increment(count, draws=rounded is not None),
+            mu=None if mu is None else save_mu(map_values(lambda m: m.mu.value, moments)),
+            nu=None if nu is None else save_nu(map_values(lambda m: m.nu.value, moments)),
+            weights=weights,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _filled(average: Average, value: Any, last: Any) -> Average:
-    """An average of scalars with the values of a leaf, of this step and the last."""
-    return average._replace(value=value, previous=average.previous.with_value(last))
+def _averaged(
+    rule: SecondMoment, grad: jax.Array, old_mu: Any, old_nu: Any, b1: Any, b2: Any
+) -> tuple[Any, Any]:
+    """The moments of one leaf, None for one that is not kept."""
+    dtype = accumulator(grad.dtype)
+    for old in (old_mu, old_nu):
+        dtype = dtype if old is None else wider(dtype, old.dtype)
+    mu = grad.astype(dtype)
+    nu = None if old_nu is None else old_nu.astype(real(dtype))
+    if old_mu is not None:
+        mu = mixed(old_mu.astype(dtype), mu, b1)
+    if nu is not None:
+        nu = rule(grad.astype(dtype), mu, nu, scalar(b2, nu.dtype))
+    return mu, nu
+
+
+def _of_leaf(average: Average, value: Any, old: Any) -> Average:
+    """The average of a leaf, from the scalars of this step and of the last one."""
+    return average._replace(value=value, previous=average.previous.with_value(old))
+
+
+def _check_nu(path: tuple, nu: Any, mu: jax.Array) -> None:
+    """A rule of one's own may return anything."""
+    due = mu.shape, real(mu.dtype)
+    got = getattr(nu, "shape", None), getattr(nu, "dtype", None)
+    if got != due:
+        returned = repr(nu) if got[1] is None else f"{got[0]} and {got[1]}"
+        raise ValueError(
+            f"second_moment must keep the shape and dtype of nu, {due[0]} and {due[1]}, but"
+            f"{at(path)} it returned {returned}."
+        )

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import optax
 
 from adam_jax import correction, direction
-from adam_jax._numbers import Scalar, accumulator, check_bool, check_dtype, check_hyperparameter
-from adam_jax._tree import check_match
+from adam_jax._checks import check_bool, check_dtype, check_hyperparameter, check_match
+from adam_jax._numerics import Scalar, accumulator
 from adam_jax.correction import debias, running_max
 from adam_jax.direction import bias_correct, first_moment, normalize, rectify
-from adam_jax.learning_rate import clip_by_schedule, scale_by_lr
-from adam_jax.moments import accumulated, belief, infinity, scale_by_moments
-from adam_jax.moments import yogi as yogi_rule
+from adam_jax.moments import scale_by_moments
+from adam_jax.rules import accumulated, belief, infinity
+from adam_jax.rules import yogi as yogi_rule
 from adam_jax.signal import check_updates
 from adam_jax.storage import Storage
+from adam_jax.updates import clip_by_schedule, scale_by_lr
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 Mask = Any | Callable[[optax.Params], Any] | None

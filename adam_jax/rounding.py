@@ -26,20 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax._bits import check_seed, random_bits, rounded_at_random
-from adam_jax._numbers import increment
-from adam_jax._tree import NOTHING, at, check_match, kind, leaves_by_path
+from adam_jax._checks import NOTHING, check_match, check_seed, kind
+from adam_jax._numerics import as_count, increment
+from adam_jax._ownership import at, leaves_by_path
+from adam_jax._random import random_bits, rounded_at_random
 from adam_jax.signal import check_updates, map_updates
-
-
-class RoundStochasticallyState(NamedTuple):
-    """The state of `round_stochastically`.
-
-    Attributes:
-      step: the number of steps taken, an int32 scalar; 2**31 - 1 is followed by 2**30.
-    """
-
-    step: jax.Array
+from adam_jax.updates import CountState
 
 
 def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -54,7 +46,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
       seed: an integer that starts the random bits. Default 0.
 
     Returns:
-      A gradient transformation from updates to updates, with a `RoundStochasticallyState`, for the
+      A gradient transformation from updates to updates, with a `CountState`, for the
       end of a chain; `update` needs `params`.
 
     Raises:
@@ -78,11 +70,12 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     def init_fn(params):
         _check_params("round_stochastically", params)
-        return RoundStochasticallyState(step=jnp.zeros([], jnp.int32))
+        return CountState.zero()
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         _check_updates("round_stochastically", updates, params)
+        count = as_count(state.count)
         leaves, structure = jax.tree.flatten(params)
         indices = jax.tree.unflatten(structure, range(len(leaves)))
 
@@ -90,11 +83,11 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
             if not _is_low(param):
                 return update
             exact = _wide(param) + _wide(update)
-            bits = random_bits(seed, "param", index, state.step, exact)
+            bits = random_bits(seed, "param", index, count, exact)
             return _landing(param, rounded_at_random(exact, param.dtype, bits))
 
         updates = map_updates("round_stochastically", rounded, updates, params, indices)
-        return updates, RoundStochasticallyState(step=increment(state.step, draws=True))
+        return updates, CountState(increment(count, draws=True))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adam_jax._tree import at, owner
+from adam_jax._ownership import at, owner
 
 
 def state_shardings(
@@ -191,3 +191,45 @@ def _names(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[Any, .
 def _with_names(sharding: NamedSharding, names: list[tuple[Any, ...]]) -> NamedSharding:
     spec = PartitionSpec(*[each[0] if len(each) == 1 else each or None for each in names])
     return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+
+# --- Arrays on meshes -----------------------------------------------------------------------------
+
+
+def as_param(part: Any, param: Any) -> Any:
+    """On a mesh with automatic axes: what is stored of a parameter, laid out as the parameter is.
+
+    There XLA decides by itself where the results of `init` lie, if it is not jitted.
+    """
+    sharding = getattr(param, "sharding", None)
+    if isinstance(part, Tracer) or not isinstance(sharding, NamedSharding):
+        return part
+    if part.is_fully_addressable:
+        return jax.device_put(part, beside(part.shape, jax.numpy.shape(param), sharding))
+    return part  # of a mesh that processes share no single one moves an array
+
+
+def parts_of_axis(x: jax.Array, axis: int) -> int:
+    """In how many parts an axis lies on a mesh with explicit axes."""
+    sharding = explicit(x)
+    if sharding is None:
+        return 1
+    names = sharding.spec[axis]
+    names = names if isinstance(names, tuple) else (names,)
+    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
+
+
+def in_one_part(x: jax.Array, axis: int) -> jax.Array:
+    """The same array with one axis in one part, on a mesh with explicit axes."""
+    if parts_of_axis(x, axis) == 1:
+        return x
+    sharding = explicit(x)
+    names = [None if a == axis else name for a, name in enumerate(sharding.spec)]
+    spec = jax.sharding.PartitionSpec(*names)
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+
+
+def explicit(x: jax.Array) -> Any:
+    """The sharding that is part of an array's type, on a mesh with explicit axes; else None."""
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding

@@ -40,20 +40,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_jax._bits import check_seed, random_bits
-from adam_jax._numbers import (
-    accumulator,
-    check_count,
-    check_hyperparameter,
-    increment,
-    real,
-    scalar,
-    wider,
-)
-from adam_jax._tree import at, leaves_by_path, traced_once
-from adam_jax.direction import safe_divide
+from adam_jax._checks import check_count, check_hyperparameter, check_seed
+from adam_jax._jit import once
+from adam_jax._numerics import accumulator, as_count, increment, real, safe_divide, scalar, wider
+from adam_jax._ownership import at, leaves_by_path
+from adam_jax._random import random_bits
 from adam_jax.optimizers import adam
-from adam_jax.signal import check_updates, params_beside
+from adam_jax.signal import check_updates, params_of
+from adam_jax.updates import CountState
 
 # --- The two common parts: from gradients to their inner products, from weights to one gradient ---
 
@@ -80,10 +74,9 @@ def gram(grads: optax.Updates) -> jax.Array:
     """
     leaves = jax.tree.leaves(grads)
     dtype = functools.reduce(wider, [real(accumulator(leaf.dtype)) for leaf in leaves])
-    return sum(_over_devices(_products(leaf), leaf).astype(dtype) for leaf in leaves)  # type: ignore
+    return sum(_over_devices(once(_products, leaf), leaf).astype(dtype) for leaf in leaves)  # type: ignore
 
 
-@traced_once
 def _products(leaf: jax.Array) -> jax.Array:
     """As a sum, which a device computes in full precision and wherever the leaf is split."""
     leaf = leaf.astype(accumulator(leaf.dtype))
@@ -135,12 +128,11 @@ def combine(grads: optax.Updates, weights: jax.Array, params: Any = None) -> opt
 
     def combined(grad, param):
         dtype = grad.dtype if param is None else wider(grad.dtype, jnp.result_type(param))
-        return _weighted_sum(grad, weights).astype(dtype)
+        return once(_weighted_sum, grad, weights).astype(dtype)
 
-    return jax.tree.map(combined, grads, params_beside(grads, params))
+    return jax.tree.map(combined, grads, params_of(grads, params))
 
 
-@traced_once
 def _weighted_sum(leaf: jax.Array, weights: jax.Array) -> jax.Array:
     """Task by task: XLA needs hundreds of times as long for a sum along the first axis on a CPU."""
     leaf = leaf.astype(accumulator(leaf.dtype))
@@ -149,17 +141,6 @@ def _weighted_sum(leaf: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 # --- Weights that do not look at the gradients ----------------------------------------------------
-
-
-class WeightedState(NamedTuple):
-    """The state of `weighted`.
-
-    Attributes:
-      step: the number of steps taken, an int32 scalar that saturates. Constant weights count too,
-        so that a checkpoint fits when a schedule takes their place.
-    """
-
-    step: jax.Array
 
 
 def weighted(
@@ -175,7 +156,7 @@ def weighted(
 
     Returns:
       A gradient transformation from gradients with a leading axis of k tasks to one gradient, with
-      a `WeightedState`.
+      a `CountState`.
 
     Raises:
       ValueError: if the weights are not a vector of finite numbers; in `update`, if there are not
@@ -195,21 +176,18 @@ def weighted(
     if not callable(weights):
         weights = _check_weights(weights)
 
-    def init_fn(params):
-        del params
-        return WeightedState(step=jnp.zeros([], jnp.int32))
-
     def weigh(grads, state, tasks, extra_args):
         del grads, extra_args
-        now = _check_weights(weights(state.step)) if callable(weights) else weights
+        count = as_count(state.count)
+        now = _check_weights(weights(count)) if callable(weights) else weights
         if len(now) != tasks:
             raise ValueError(
                 f"weighted got {len(now)} weights for gradients of {tasks} tasks: give one for "
                 f"each."
             )
-        return now, WeightedState(step=increment(state.step))
+        return now, CountState(increment(count))
 
-    return _stage("weighted", weigh, init_fn)
+    return _stage("weighted", weigh, CountState.zero)
 
 
 def _check_weights(weights: Any) -> jax.Array:
@@ -392,7 +370,7 @@ def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     Returns:
       A gradient transformation from gradients with a leading axis of tasks to one gradient, with a
-      `PcgradState`. It is the mean, where the paper takes the sum, so that equal tasks give the
+      `CountState`. It is the mean, where the paper takes the sum, so that equal tasks give the
       task.
 
     Raises:
@@ -410,18 +388,15 @@ def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """
     seed = check_seed(seed)
 
-    def init_fn(params):
-        del params
-        return PcgradState(step=jnp.zeros([], jnp.int32))
-
     def weigh(grads, state, tasks, extra_args):
         del tasks, extra_args
         m = gram(grads)
-        bits = random_bits(seed, "pcgrad", 0, state.step, m)
+        count = as_count(state.count)
+        bits = random_bits(seed, "pcgrad", 0, count, m)
         weights = jnp.mean(_surgery(m, jnp.argsort(bits, axis=1)), axis=0)
-        return weights, PcgradState(step=increment(state.step, draws=True))
+        return weights, CountState(increment(count, draws=True))
 
-    return _stage("pcgrad", weigh, init_fn)
+    return _stage("pcgrad", weigh, CountState.zero)
 
 
 @jax.jit
@@ -438,16 +413,6 @@ def _surgery(m: jax.Array, order: jax.Array) -> jax.Array:
         return parts - safe_divide(conflict, _dot(other, jnp.diag(m)))[:, None] * other
 
     return jax.lax.fori_loop(0, len(m), meet, jnp.eye(len(m), dtype=m.dtype))
-
-
-class PcgradState(NamedTuple):
-    """The state of `pcgrad`.
-
-    Attributes:
-      step: the number of steps taken, an int32 scalar; 2**31 - 1 is followed by 2**30.
-    """
-
-    step: jax.Array
 
 
 def aligned_mtl() -> optax.GradientTransformationExtraArgs:
@@ -550,7 +515,7 @@ def gradnorm(
         del params
         weights = jnp.ones(tasks, float)
         return GradnormState(
-            step=jnp.zeros([], jnp.int32),
+            count=jnp.zeros([], jnp.int32),
             weights=weights,
             initial=jnp.zeros(tasks, float),
             learner=learner.init(weights),
@@ -568,7 +533,7 @@ def gradnorm(
         weights = state.weights
         losses = jnp.asarray(losses).astype(weights.dtype)
         norms = jnp.sqrt(jnp.diag(gram(grads))).astype(weights.dtype)
-        initial = jnp.where(state.step == 0, losses, state.initial)
+        initial = jnp.where(state.count == 0, losses, state.initial)
         progress = losses / initial
         rates = progress / jnp.mean(progress)
         due = jnp.mean(weights * norms) * rates ** scalar(alpha, weights.dtype)
@@ -576,7 +541,7 @@ def gradnorm(
         step, learner_state = learner.update(slope, state.learner, weights)
         new = jnp.maximum(weights + step, 0)
         new = new * (tasks / jnp.sum(new))
-        state = GradnormState(increment(state.step), new, initial, learner_state)
+        state = GradnormState(increment(as_count(state.count)), new, initial, learner_state)
         return weights / tasks, state
 
     return _stage("gradnorm", weigh, init_fn)
@@ -586,13 +551,13 @@ class GradnormState(NamedTuple):
     """The state of `gradnorm`.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
+      count: the number of steps taken, an int32 scalar that saturates.
       weights: the weights of the k tasks, of sum k, in the default float dtype.
       initial: the losses of the first step.
       learner: the state of the `adam` that learns the weights.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
     weights: jax.Array
     initial: jax.Array
     learner: optax.OptState
@@ -709,7 +674,7 @@ def _check_tasks(stage: str, updates: optax.Updates, params: Any) -> int | None:
     """The number of tasks, which all leaves have in front; None of a tree without leaves."""
     remedy = "make them with jax.jacrev of the vector of losses"
     check_updates(stage, updates)
-    param_at = leaves_by_path(params_beside(updates, params))
+    param_at = leaves_by_path(params_of(updates, params))
     found: dict[int, tuple] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         shape, param = jnp.shape(leaf), param_at.get(path)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._equations import Equation, Value, inlined
-from adam_jax._tree import place
+from adam_jax._ownership import path_name
+from adam_jax.fusion._graph import Equation, Value, inlined
 from adam_jax.signal import check_updates
 
 
@@ -124,11 +124,11 @@ def _owners(step: Callable[..., Any], updates: Any, state: Any, params: Any) -> 
     consts = [Value(var.aval) for var in closed.jaxpr.constvars]
     equations, outputs = inlined(closed.jaxpr, [*inputs, *consts])
     grads, leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (updates, params))
-    number = {place(path): i for i, (path, _) in enumerate(grads)}
+    number = {path_name(path): i for i, (path, _) in enumerate(grads)}
     of_params = inputs[len(inputs) - len(leaves) :]
     owner: dict[Value, int] = dict(zip(inputs, range(len(grads)), strict=False))
     for value, (path, _) in zip(of_params, leaves, strict=True):
-        owner[value] = number.get(place(path), NONE)
+        owner[value] = number.get(path_name(path), NONE)
     known = -1
     while known < len(owner):
         known = len(owner)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import Literal
 
-from adam_jax._tree import OWN
+from adam_jax.fusion._tiles import OWN
 
 # Equations that make an element of the result of the elements in the same place.
 ELEMENTWISE = {
@@ -80,11 +80,12 @@ def _stage(traces: Sequence[Any]) -> str:
         "/jax/",
         "/optax/_src/base.py",
         "/optax/tree_utils/",
-        "/_tree.py",
-        "/_slot.py",
-        "/_blocks.py",
+        "/_combining.py",
+        "/_jit.py",
+        "/average.py",
+        "/fusion/",
         "/signal.py",
-        "/combine.py",
+        "/storage/_protocol.py",
     )
     for trace in traces:
         for frame in trace.frames if trace else ():

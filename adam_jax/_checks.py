@@ -1,4 +1,4 @@
-"""Hyperparameters and dtypes: what is checked when a stage is built, and what is computed in."""
+"""What is checked: hyperparameters when a stage is built, trees when it runs."""
 
 import math
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
-Scalar = jax.Array | float
+from adam_jax._numerics import is_complex
+from adam_jax._ownership import at, leaves_by_path
+
+# --- Hyperparameters ------------------------------------------------------------------------------
 
 
 def check_hyperparameter(
@@ -89,41 +91,62 @@ def check_dtype(name: str, dtype: Any, kind: Any = jnp.floating) -> jnp.dtype:
     return found
 
 
-def increment(count: Any, *, draws: bool = False) -> Any:
-    """One more step, up to the largest int32.
-
-    A count that random bits are drawn with goes on from the half of it: no weight can tell, and
-    with the same bits at every step the same elements are rounded up for ever.
-    """
-    if not draws:
-        return optax.safe_increment(count)
-    largest = jnp.iinfo(count.dtype).max
-    return jnp.where(count == largest, largest // 2 + 1, count + 1)
+def check_seed(seed: Any) -> int:
+    """A seed is an integer."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+    return int(seed)
 
 
-def accumulator(dtype: Any) -> Any:
-    """The dtype to compute in: at least float32; float64 and complex keep theirs."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+# --- Trees ----------------------------------------------------------------------------------------
 
 
-def wider(dtype: Any, other: Any) -> Any:
-    """The more precise of two dtypes, the first if they are equally precise."""
-    return other if jnp.finfo(other).bits > jnp.finfo(dtype).bits else dtype
+def check_params(stage: str, params: Any) -> None:
+    """Only floating-point and complex parameters have gradients."""
+    for path, param in jax.tree_util.tree_leaves_with_path(params):
+        try:
+            dtype = jnp.result_type(param)
+        except TypeError:
+            raise TypeError(
+                f"{stage} optimizes arrays, but the parameter{at(path)} is {param!r}: leave it "
+                f"out, in Equinox with equinox.filter(model, equinox.is_inexact_array)."
+            ) from None
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{stage} optimizes floating-point and complex parameters, but the parameter"
+                f"{at(path)} is {dtype}: leave it out with optax.masked or optax.partition."
+            )
 
 
-def real(dtype: Any) -> Any:
-    """The dtype of the absolute value."""
-    return jnp.finfo(dtype).dtype
+def check_inexact(stage: str, path: tuple, update: Any) -> None:
+    """An update is floating point or complex."""
+    dtype = getattr(update, "dtype", None) or jnp.result_type(update)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{stage} takes floating-point and complex updates, but the one{at(path)} is "
+            f"{dtype}: leave the leaf out with optax.masked or optax.partition."
+        )
 
 
-def is_complex(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.complexfloating)
+def check_match(stage: str, kept: Any, due: Any) -> None:
+    """What is kept must have the places, shapes and realness that are due for the gradients."""
+    kept, due = leaves_by_path(kept), leaves_by_path(due)
+    for path in {**kept, **due}:
+        was, now = (kind(tree.get(path, NOTHING)) for tree in (kept, due))
+        if was != now:
+            raise ValueError(
+                f"{stage} got gradients that do not match the parameters of init(): the leaf"
+                f"{at(path)} was {was} there, and its gradient is {now}."
+            )
 
 
-def scalar(value: Any, dtype: Any) -> Any:
-    """A hyperparameter for arithmetic in `dtype`.
+NOTHING = "nothing"
 
-    A Python number stays one, because it takes the dtype it meets, and arithmetic on numbers and on
-    float32 scalars differs in the last digit.
-    """
-    return value if isinstance(value, int | float) else jnp.asarray(value).astype(dtype)
+
+def kind(leaf: Any) -> str:
+    """What of a leaf must not change."""
+    if leaf is None or leaf is NOTHING:
+        return str(leaf)
+    return (
+        f"{'complex' if is_complex(jnp.result_type(leaf)) else 'real'} of shape {jnp.shape(leaf)}"
+    )

@@ -1,6 +1,5 @@
 """Random bits, and rounding by hand: up to the next number of a dtype, or up or down at random."""
 
-import math
 import zlib
 from typing import Any
 
@@ -8,14 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax._tree import own_equation
-
-
-def check_seed(seed: Any) -> int:
-    """A seed is an integer."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
-    return int(seed)
+from adam_jax.fusion._tiles import positions
 
 
 def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -> jax.Array:
@@ -31,18 +23,6 @@ def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -
         part = part % 2**32 if isinstance(part, int) else part.astype(jnp.uint32)
         key = _hash(_sum(key, part, 0x9E3779B9))  # 0 is hashed to 0, so not from there
     return _hash(positions(like) + jnp.asarray(key, jnp.uint32))
-
-
-@own_equation
-def positions(like: jax.Array) -> jax.Array:
-    """The number of every element of `like`, row by row, in 32 bits."""
-    # The zeros are where `like` is: a sum of iotas alone would be made on every device in full.
-    position = jnp.zeros_like(like, jnp.uint32)
-    for axis, length in enumerate(like.shape):
-        stride = jnp.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
-        along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * stride
-        position = position + along.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
-    return position
 
 
 def _hash(x: Any) -> Any:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-from adam_jax._equations import TYPES, Equation, Joined, Value, inlined
-from adam_jax._kernel import LARGE, Leaf
+from adam_jax.fusion._graph import TYPES, Equation, Joined, Value, inlined
+from adam_jax.fusion._kernel import LARGE, Leaf
 
 DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 

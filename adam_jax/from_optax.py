@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from adam_jax._slot import STARTS
-from adam_jax._tree import place
+from adam_jax._ownership import path_name
+from adam_jax.storage._protocol import STARTS
 
 # The stage that keeps a moment of this name, and as what.
 _STAGES = {
@@ -55,7 +55,7 @@ def from_optax(tx: optax.GradientTransformation, params: Any, state: Any) -> Any
       >>> mu, nu = {"w": jnp.array([0.5, -3.0])}, {"w": jnp.array([0.25, 9.0])}
       >>> old = optax.ScaleByAdamState(jnp.int32(7), mu, nu), optax.EmptyState()  # of optax.adam
       >>> state = adam_jax.from_optax(adam_jax.adam(1e-3), params, old)
-      >>> print(state[0].count, state[0].mu["w"], state[-1].step)
+      >>> print(state[0].count, state[0].mu["w"], state[-1].count)
       7 [ 0.5 -3. ] 7
 
     Source: none.
@@ -71,7 +71,7 @@ def from_optax(tx: optax.GradientTransformation, params: Any, state: Any) -> Any
     for node in found:
         for name in _STAGES.keys() & set(node._fields):
             moments = jax.tree_util.tree_leaves_with_path(getattr(node, name))
-            starts.setdefault(_STAGES[name], {}).update((place(path), m) for path, m in moments)
+            starts.setdefault(_STAGES[name], {}).update((path_name(path), m) for path, m in moments)
     token = STARTS.set(starts)
     try:
         with jax.disable_jit():  # a compiled init would keep in mind what it starts from here

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from adam_jax._equations import TYPES, Equation, Value
+from adam_jax.fusion._graph import TYPES, Equation, Value
 
 LARGE = 4096  # elements; for less a kernel of its own is not worth its start
 BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas

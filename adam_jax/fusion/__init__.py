@@ -4,16 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from adam_jax import _partition
-from adam_jax._program import Program
-from adam_jax._tree import traced_once
+from adam_jax.fusion import _shards
+from adam_jax.fusion._program import Program
 
 # Where a step is lowered to kernels: for which backend of Pallas, and whether interpreted.
 KERNELS = {"cuda": ("cuda", False), "tpu": ("tpu", False)}
@@ -133,53 +131,11 @@ def _fused(fn: Callable[..., Any], leaves: int) -> Callable[..., Any]:
         grads = range(first, first + len(jax.tree.leaves(args[leaves])))
         program = Program(closed.jaxpr, [n for n, i in enumerate(places) if i in grads])
         results = _fused_p.bind(
-            *arrays, *closed.consts, program=program, needs=_partition.needs_devices()
+            *arrays, *closed.consts, program=program, needs=_shards.needs_devices()
         )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return fused
-
-
-def recompute(stage: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A stage that computes what it emits apart from what it keeps; the numbers stay the same.
-
-    A parameter then does not wait for its moments to be written, and XLA's CPU backend, if told to
-    with ``XLA_FLAGS=--xla_backend_extra_options=xla_cpu_use_multi_output_fusion``, makes one kernel
-    of a leaf, which moves 28 bytes a parameter instead of 40. Without that flag the CPU backend
-    copies the old moments first and is three times slower.
-
-    Args:
-      stage: a transformation whose state has a `count`, such as `scale_by_moments`.
-
-    Returns:
-      The stage with the same state. What it emits differs in the last digit at most, because XLA
-      contracts multiply and add in other places.
-
-    Example:
-      >>> import adam_jax, optax, jax.numpy as jnp
-      >>> tx = optax.chain(
-      ...     adam_jax.recompute(adam_jax.scale_by_moments()),
-      ...     adam_jax.bias_correct(),
-      ...     adam_jax.scale_by_lr(1e-3),
-      ... )
-      >>> params = jnp.ones(2)
-      >>> updates, state = tx.update(jnp.array([0.5, -3.0]), tx.init(params), params)
-      >>> print(updates)
-      [-0.001  0.001]
-
-    Source: none; see `examples/benchmarks/README.md` for what it brings.
-    """
-    inner: Any = optax.with_extra_args_support(stage)
-    # XLA would merge what is computed twice if it knew that no count is negative.
-    again = traced_once(lambda x, count: jnp.where(count >= 0, x, jnp.zeros_like(x)))
-
-    def update_fn(updates, state, params=None, **extra_args):
-        _, kept = inner.update(updates, state, params, **extra_args)
-        inputs = jax.tree.map(lambda x: again(x, state.count), (updates, state))
-        emitted, _ = inner.update(*inputs, params, **extra_args)
-        return emitted, kept
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
 # --- One equation, which is lowered to kernels or to the plain chain ------------------------------
@@ -209,7 +165,7 @@ def _lowering(lowered_for: str) -> Callable[..., Any]:
             )
 
         def call(leaf, tile, scalars, arrays):
-            return _partition.call(leaf, tile, platform, interpret, scalars, arrays)
+            return _shards.call(leaf, tile, platform, interpret, scalars, arrays)
 
         def kernels(*arrays):
             return program.run(platform, call, arrays)

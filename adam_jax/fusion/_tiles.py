@@ -7,15 +7,54 @@ those is gathered where the blocks do not fit.
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax._tree import own_equation
+from adam_jax.sharding import in_one_part, parts_of_axis
 
 PIECE = 8  # the rows of a TPU's tile
+
+
+OWN = "adam_jax."
+
+
+def own_equation(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` of one array and some integers as one equation, which tells them in its name.
+
+    A kernel sees a tile of the leaf and does in a way of its own what needs to know the place of an
+    element (`_kernel.py`).
+    """
+
+    @functools.cache
+    def with_integers(integers):
+        def on_array(x):
+            return fn(x, *integers)
+
+        on_array.__name__ = " ".join([OWN + fn.__name__, *map(str, integers)])
+        return jax.jit(on_array, keep_unused=True)  # its sharding is that of the result
+
+    @functools.wraps(fn)
+    def equation(x, *integers):
+        return with_integers(integers)(x)
+
+    return equation
+
+
+@own_equation
+def positions(like: jax.Array) -> jax.Array:
+    """The number of every element of `like`, row by row, in 32 bits."""
+    # The zeros are where `like` is: a sum of iotas alone would be made on every device in full.
+    position = jnp.zeros_like(like, jnp.uint32)
+    for axis, length in enumerate(like.shape):
+        stride = jnp.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
+        along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * stride
+        position = position + along.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
+    return position
 
 
 @own_equation
@@ -94,7 +133,7 @@ def mean(x: jax.Array, axis: int, block: int) -> jax.Array:
         return jnp.sum(sums, axis, keepdims=True) / block
 
     plain = lambda x: jnp.mean(x, axis, keepdims=True)  # noqa: E731
-    if (block // few) % _shards(x, axis):
+    if (block // few) % parts_of_axis(x, axis):
         return plain(x)
     return jax.lax.platform_dependent(x, cpu=in_kernel, default=plain)
 
@@ -106,7 +145,7 @@ def split(x: jax.Array, axis: int, block: int) -> jax.Array:
         x = in_one_part(x, axis)
         padding = [(0, -length % block if a == axis else 0) for a in range(x.ndim)]
         x = jnp.pad(x, padding)
-    elif (length // block) % _shards(x, axis):
+    elif (length // block) % parts_of_axis(x, axis):
         x = in_one_part(x, axis)
     return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
@@ -114,28 +153,3 @@ def split(x: jax.Array, axis: int, block: int) -> jax.Array:
 def joined(x: jax.Array, axis: int) -> jax.Array:
     """What `split` has split, with what it filled up."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-
-def _shards(x: jax.Array, axis: int) -> int:
-    """In how many parts an axis lies on a mesh with explicit axes."""
-    sharding = explicit(x)
-    if sharding is None:
-        return 1
-    names = sharding.spec[axis]
-    names = names if isinstance(names, tuple) else (names,)
-    return int(np.prod([sharding.mesh.shape[name] for name in names if name is not None]))
-
-
-def in_one_part(x: jax.Array, axis: int) -> jax.Array:
-    """The same array with one axis in one part, on a mesh with explicit axes."""
-    if _shards(x, axis) == 1:
-        return x
-    sharding = explicit(x)
-    names = [None if a == axis else name for a, name in enumerate(sharding.spec)]
-    spec = jax.sharding.PartitionSpec(*names)
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
-
-
-def explicit(x: jax.Array) -> Any:
-    sharding = jax.typeof(x).sharding
-    return None if sharding.mesh.empty else sharding

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adam_jax._kernel import Leaf
+from adam_jax.fusion._kernel import Leaf
 
 
 def call(

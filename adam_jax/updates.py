@@ -1,25 +1,33 @@
 """Stages on plain updates: the direction becomes a step downhill."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._numbers import accumulator, check_hyperparameter, check_scalar, increment, scalar
-from adam_jax._tree import traced_once
+from adam_jax._checks import check_hyperparameter, check_scalar
+from adam_jax._jit import once
+from adam_jax._numerics import Scalar, accumulator, as_count, increment, scalar
 from adam_jax.signal import map_updates
 
 
-class ScaleByLrState(NamedTuple):
-    """The state of `scale_by_lr`.
+class CountState(NamedTuple):
+    """The state of a stage that keeps nothing but the number of its steps.
 
     Attributes:
-      step: the number of steps taken, an int32 scalar that saturates. A constant learning rate
-        counts too, so that a checkpoint fits when a schedule takes its place.
+      count: the number of steps taken, an int32 scalar that saturates. (Where random bits are drawn
+        with it, it goes on from 2**30 after 2**31 - 1.) A constant rate counts too, so that a
+        checkpoint fits when a schedule takes its place.
     """
 
-    step: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
+
+    @classmethod
+    def zero(cls, params: Any = None) -> "CountState":
+        """Before the first step: an `init`."""
+        del params
+        return cls(jnp.zeros([], jnp.int32))
 
 
 def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -32,7 +40,7 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
         at least float32, or a schedule from the number of steps taken so far to the rate.
 
     Returns:
-      A gradient transformation from updates to updates of the same dtype, with a `ScaleByLrState`.
+      A gradient transformation from updates to updates of the same dtype, with a `CountState`.
       The product is computed in at least float32.
 
     Raises:
@@ -53,36 +61,21 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
     """
     learning_rate = check_hyperparameter("learning_rate", learning_rate, schedule=True)
 
-    def init_fn(params):
-        del params
-        return ScaleByLrState(step=jnp.zeros([], jnp.int32))
-
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        rate = learning_rate
+        count, rate = as_count(state.count), learning_rate
         if callable(rate):
-            rate = check_scalar("learning_rate", rate(state.step))
+            rate = check_scalar("learning_rate", rate(count))
+        updates = map_updates("scale_by_lr", lambda u: once(_scaled, u, rate), updates)
+        return updates, CountState(increment(count))
 
-        @traced_once
-        def scaled(update, rate):
-            dtype = accumulator(update.dtype)
-            step = -scalar(rate, dtype) * update.astype(dtype)
-            return step.astype(update.dtype)
-
-        updates = map_updates("scale_by_lr", lambda u: scaled(u, rate), updates)
-        return updates, ScaleByLrState(step=increment(state.step))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(CountState.zero, update_fn)
 
 
-class ClipByScheduleState(NamedTuple):
-    """The state of `clip_by_schedule`.
-
-    Attributes:
-      step: the number of steps taken, an int32 scalar that saturates.
-    """
-
-    step: jax.Array
+def _scaled(update: jax.Array, rate: Scalar) -> jax.Array:
+    dtype = accumulator(update.dtype)
+    step = -scalar(rate, dtype) * update.astype(dtype)
+    return step.astype(update.dtype)
 
 
 def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -95,7 +88,7 @@ def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtra
 
     Returns:
       A gradient transformation from real updates to updates of the same dtype, with a
-      `ClipByScheduleState`.
+      `CountState`.
 
     Raises:
       TypeError: if `limit` is not a schedule; in `update`, if it gets `Moments`.
@@ -115,13 +108,10 @@ def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtra
     if not callable(limit):
         raise TypeError(f"limit must be a schedule, got {limit!r}; for a constant use optax.clip.")
 
-    def init_fn(params):
-        del params
-        return ClipByScheduleState(step=jnp.zeros([], jnp.int32))
-
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        most = check_scalar("limit", limit(state.step))
+        count = as_count(state.count)
+        most = check_scalar("limit", limit(count))
 
         def clipped(update):
             if jnp.iscomplexobj(update):
@@ -130,6 +120,6 @@ def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtra
             return jnp.clip(update, -bound, bound)
 
         updates = map_updates("clip_by_schedule", clipped, updates)
-        return updates, ClipByScheduleState(step=increment(state.step))
+        return updates, CountState(increment(count))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(CountState.zero, update_fn)

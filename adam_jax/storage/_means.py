@@ -1,0 +1,186 @@
+"""Storages that keep means of the second moment instead of the moment."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adam_jax.fusion import _tiles
+from adam_jax.storage._protocol import Storage, is_large
+
+
+class Factors(NamedTuple):
+    """Second moments by their means along their two largest axes, which stay as axes of length 1.
+
+    Attributes:
+      rows: the means along the largest axis.
+      columns: the means along the second largest.
+      whole: the leaves that are not kept by their means.
+    """
+
+    rows: Any
+    columns: Any
+    whole: Any = None
+
+
+def factored() -> Storage:
+    r"""Keep the row and column means of the second moment.
+
+    .. math:: v_{ij} \approx R_i C_j / \operatorname{mean}(R)
+
+    over the two largest axes. Saving is linear and forgets nothing that loading shows, so what is
+    kept is Adafactor's estimate to the letter. The step sees the squares of its own gradient
+    element by element; for Adafactor's own step, average them too (see `block_mean`).
+
+    A square that overflows stops its row, as it stops its element in float32, and leaves the others
+    as they are. Inside `jax.shard_map` the means are those of the local part of a leaf.
+
+    Returns:
+      A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> tx = adam_jax.adam(1e-3, nu_storage=adam_jax.storage.factored())
+      >>> rows, columns, _ = tx.init(jnp.zeros((64, 128)))[0].nu
+      >>> print(rows.shape, columns.shape)
+      (64, 1) (1, 128)
+
+    Source: Shazeer and Stern, "Adafactor" (arXiv 1804.04235), section 3.
+    """
+
+    def largest_axes(shape):
+        *_, second, largest = np.argsort(shape, kind="stable")
+        return int(second), int(largest)
+
+    def save(moment, leaf):
+        second, largest = largest_axes(leaf.shape)
+        rows = _tiles.mean(moment, largest, leaf.shape[largest])
+        # An infinite square is remembered by its row alone: if its column were infinite too, so
+        # would all rows be after the next step, and all products of the two not a number.
+        columns = _tiles.mean(_finite(moment), second, leaf.shape[second])
+        return Factors(rows, columns)
+
+    def load(stored, leaf):
+        second, _ = largest_axes(leaf.shape)
+        mean = jnp.mean(_finite(stored.rows), axis=second, keepdims=True)
+        return stored.rows * (1 / jnp.where(mean == 0, 1, mean)) * stored.columns
+
+    def fits(leaf):
+        return is_large(leaf) and sum(length > 1 for length in leaf.shape) > 1
+
+    return Storage(save, load, fits, only="nu", parts=Factors)
+
+
+def _finite(moment: jax.Array) -> jax.Array:
+    return jnp.where(moment == jnp.inf, 0, moment)
+
+
+def transformer_blocks(
+    path: str, shape: tuple[int, ...], stacked: int = 0
+) -> tuple[int, ...] | None:
+    """Adam-mini's blocks for the transformers of Flax, whose kernels end in the output axis.
+
+    A block is a row of an embedding (one token), a head of a query or key kernel of shape
+    (features, heads, length), one output of any other kernel.
+
+    Args:
+      path: the place in the tree of parameters, like "layers/0/attention/query/kernel".
+      shape: the shape of the parameter.
+      stacked: how many leading axes hold layers, as `nnx.scan`, `nnx.vmap` and Linen's `nn.scan`
+        stack them: each layer has blocks of its own. ``block_mean(partial(transformer_blocks,
+        stacked=1))`` for a model whose layers are stacked. A shape does not tell by itself. Default
+        0.
+
+    Returns:
+      The shape of a block, or None for a parameter of fewer than two axes: not in blocks.
+
+    Example:
+      >>> transformer_blocks("layers/0/attention/query/kernel", (768, 12, 64))
+      (768, 1, 64)
+      >>> transformer_blocks("embed/embedding", (50257, 768))
+      (1, 768)
+      >>> transformer_blocks("layers/mlp/kernel", (12, 768, 3072), stacked=1)
+      (1, 768, 1)
+
+    Source: Zhang et al., "Adam-mini" (arXiv 2406.16793), algorithm 3.
+    """
+    shape = shape[stacked:]
+    if len(shape) < 2:
+        return None
+    if re.search(r"embed|\bw[tp]e\b", path):
+        block = (*(1 for _ in shape[:-1]), shape[-1])
+    elif re.search(r"\b(query|key)\b", path) and len(shape) == 3:
+        block = shape[0], 1, shape[2]
+    else:
+        block = (*shape[:-1], 1)
+    return (1,) * stacked + block
+
+
+def block_mean(
+    blocks: Callable[[str, tuple[int, ...]], tuple[int, ...] | None] = transformer_blocks,
+) -> Storage:
+    r"""Keep one second moment a block, the mean of its elements.
+
+    .. math:: v_{b,i} \approx \frac{1}{|b|} \sum_{j \in b} v_{b,j}
+
+    What is kept is Adam-mini's moment to the letter. The step sees the squares of its own gradient
+    element by element; for Adam-mini's own step let the rule average them too, as below.
+
+    Args:
+      blocks: a function from the path and the shape of a parameter to the shape of its blocks,
+        which must divide it, or to None for a parameter that is kept whole. Default
+        `transformer_blocks`, for stacked layers with its argument `stacked`.
+
+    Returns:
+      A `Storage` for `nu_storage`; it keeps an array with one element a block.
+
+    Raises:
+      TypeError: if `blocks` is not a function.
+      ValueError: in `init`, if a block does not divide the parameter it is for.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> mini = adam_jax.storage.block_mean(lambda path, shape: (shape[0], 1))
+      >>> tx = adam_jax.adam(1e-3, nu_storage=mini)
+      >>> tx.init(jnp.zeros((64, 128)))[0].nu.shape
+      (1, 128)
+      >>> averaged = lambda grad, mu, nu, decay: jnp.broadcast_to(
+      ...     jnp.mean(adam_jax.squared(grad, mu, nu, decay), axis=0, keepdims=True), nu.shape
+      ... )
+      >>> adam_mini = adam_jax.scale_by_moments(second_moment=averaged, nu_storage=mini)
+
+    Source: Zhang et al., "Adam-mini" (arXiv 2406.16793), algorithm 1.
+    """
+    if not callable(blocks):
+        raise TypeError(f"blocks must be a function of a path and a shape, got {blocks!r}.")
+
+    def save(moment, leaf):
+        for axis, length in enumerate(blocks(leaf.path, leaf.shape) or ()):
+            moment = _tiles.mean(moment, axis, length)
+        return moment
+
+    def load(stored, leaf):
+        for axis, length in enumerate(blocks(leaf.path, leaf.shape) or ()):
+            stored = _tiles.spread(stored, axis, length, leaf.shape[axis])
+        return jnp.broadcast_to(stored, leaf.shape)
+
+    def fits(leaf):
+        block = blocks(leaf.path, leaf.shape) if is_large(leaf) else None
+        if block is None:
+            return False
+        if len(block) != len(leaf.shape):
+            raise ValueError(
+                f"blocks({leaf.path!r}, {leaf.shape}) must be a shape of {len(leaf.shape)} axes, "
+                f"got {block}."
+            )
+        if any(b < 1 or n % b for n, b in zip(leaf.shape, block, strict=True)):
+            raise ValueError(
+                f"blocks({leaf.path!r}, {leaf.shape}) must divide that shape, got {block}. Return "
+                f"None for a parameter that is kept whole."
+            )
+        return True
+
+    return Storage(save, load, fits, only="nu")
