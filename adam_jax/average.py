@@ -130,7 +130,7 @@ def step_weights(
         for t in (count, increment(count))
     )
     constant = tuple(isinstance(b, float) for b in rates.values())
-    columns, weights = _step(weights, now, following, count, constant=constant)
+    weights, columns = _step(weights, now, following, increment(count), constant=constant)
     averages = {}
     for name, b, next_b, column in zip(rates, now, following, columns, strict=True):
         before, weight, next_weight, length_before, length = column
@@ -139,46 +139,45 @@ def step_weights(
     return averages, weights
 
 
-@functools.partial(jax.jit, static_argnames="constant")
-def _step(weights: jax.Array, now: Any, following: Any, count: jax.Array, *, constant: Any) -> Any:
-    """For each moment five scalars, and the weights to keep.
+@functools.partial(jax.jit, static_argnames="constant", inline=True)
+def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constant: Any) -> Any:
+    """The weights after step t, and for each moment five scalars.
 
     All moments at once: a device takes longer to start a kernel than to do this arithmetic.
     """
     dtype = accumulator(weights.dtype)  # whatever a state was cast to
     now, following = (
-        jnp.stack([scalar(jnp.asarray(b), dtype) for b in x]) for x in (now, following)
+        jnp.stack([scalar(jnp.asarray(b), dtype) for b in rates]) for rates in (now, following)
     )
-    value, error, age, last = jnp.where(count == 0, 0, weights.astype(dtype))
+    value, error, age, last = jnp.where(t == 1, 0, weights.astype(dtype))
     unchanged = (value == 0) | (last == now)
     if any(constant):
         # As long as a rate is one number the weight is 1 - b**t, optax's arithmetic to the letter,
         # so that the results are bitwise its results.
         closed = unchanged & np.array(constant)
         b = jnp.where(np.array(constant), now, 0)
-        before, t, after = (
-            i.astype(dtype) for i in (count, increment(count), increment(increment(count)))
-        )
+        before, at, after = (i.astype(dtype) for i in (t - 1, t, increment(t)))
         value = jnp.where(closed, 1 - b**before, value)
         error = jnp.where(closed, 0, error)
         age = jnp.where(closed, _age(_length(b, before), value), age)
     gathered, gathered_error, gathered_age = _gathered(value, error, age, now)
-    next_weight = _divisor(_gathered(gathered, gathered_error, gathered_age, following)[0])
+    next_weight = _gathered(gathered, gathered_error, gathered_age, following)[0]
     length = 2 * gathered_age / _divisor(gathered) + 1
     if any(constant):
-        gathered = jnp.where(closed, 1 - b**t, gathered)
+        gathered = jnp.where(closed, 1 - b**at, gathered)
         next_weight = jnp.where(closed, 1 - b**after, next_weight)
-        length = jnp.where(closed, _length(b, t), length)
+        length = jnp.where(closed, _length(b, at), length)
         gathered_age = jnp.where(closed, _age(length, gathered), gathered_age)
     rate = jnp.where(unchanged, now, -now)
     kept = jax.lax.optimization_barrier(jnp.stack([gathered, gathered_error, gathered_age, rate]))
-    weight = kept[0] if all(constant) else _divisor(kept[0])
+    next_weight = jax.lax.optimization_barrier(next_weight)
     length_before = 2 * age / _divisor(value) + 1
-    rows = value, weight, next_weight, length_before, length
+    rows = value, kept[0], next_weight, length_before, length
     columns = [tuple(row[i] for row in rows) for i in range(len(constant))]
-    # XLA divides by a scalar that has one use in another way than by one that has several. In optax
-    # the leaves alone use the weights.
-    return jax.lax.optimization_barrier(columns), kept
+    return kept, [
+        (value, _divisor(weight), _divisor(next_weight), length_before, length)
+        for value, weight, next_weight, length_before, length in columns
+    ]
 
 
 def _gathered(value: Any, error: Any, age: Any, b: Any) -> tuple[Any, Any, Any]:
