@@ -556,5 +556,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # JAX takes three quarters of a GPU's memory, and PyTorch would not find 16 bytes a parameter.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the old name, never beside the new
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.6")
     sys.exit(main())
