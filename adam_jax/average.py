@@ -92,14 +92,17 @@ def mixed(average: jax.Array, new: jax.Array, decay: Scalar) -> jax.Array:
 
 # --- The weights that a state keeps ---------------------------------------------------------------
 
-# A column for each moment. The rows:
+# A column for each moment, and these rows. All zeros mean that the rate has been what it is now since
+# the first step.
 #   the weight that the moment has gathered;
-#   what rounding left out of it (adding 1e5 small terms in float32 is off by 1e-3; with the error
-#     carried along, Kahan's summation, it stays within 1e-6);
+#   the weight after the next step: no step reads it from the state. It stands here because XLA
+#     orders the arithmetic of a leaf otherwise if a scalar that the leaf uses is not kept, and then
+#     the last bit of nadam is not optax's;
+#   what rounding left out of the weight: adding 1e5 small terms in float32 is off by 1e-3; with the
+#     error carried along (Kahan's summation) it stays within 1e-6;
 #   the sum of weight times age over the gradients gathered;
 #   the rate of the last step, with a minus sign if the rate has ever changed.
-# All zeros mean that the rate has been what it is now since the first step.
-ROWS = 4
+ROWS = 5
 
 
 def no_weights(moments: int) -> jax.Array:
@@ -149,33 +152,39 @@ def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constan
     now, following = (
         jnp.stack([scalar(jnp.asarray(b), dtype) for b in rates]) for rates in (now, following)
     )
-    value, error, age, last = jnp.where(t == 1, 0, weights.astype(dtype))
+    value, _, error, age, last = jnp.where(t == 1, 0, weights.astype(dtype))
     unchanged = (value == 0) | (last == now)
     if any(constant):
         # As long as a rate is one number the weight is 1 - b**t, optax's arithmetic to the letter,
         # so that the results are bitwise its results.
         closed = unchanged & np.array(constant)
         b = jnp.where(np.array(constant), now, 0)
-        before, at, after = (i.astype(dtype) for i in (t - 1, t, increment(t)))
-        value = jnp.where(closed, 1 - b**before, value)
+        at = t.astype(dtype)
+        value = jnp.where(closed, 1 - b ** (at - 1), value)
         error = jnp.where(closed, 0, error)
-        age = jnp.where(closed, _age(_length(b, before), value), age)
+        age = jnp.where(closed, _age(_length(b, at - 1), value), age)
     gathered, gathered_error, gathered_age = _gathered(value, error, age, now)
     next_weight = _gathered(gathered, gathered_error, gathered_age, following)[0]
     length = 2 * gathered_age / _divisor(gathered) + 1
     if any(constant):
         gathered = jnp.where(closed, 1 - b**at, gathered)
-        next_weight = jnp.where(closed, 1 - b**after, next_weight)
+        next_weight = jnp.where(closed, 1 - b ** (at + 1), next_weight)
         length = jnp.where(closed, _length(b, at), length)
         gathered_age = jnp.where(closed, _age(length, gathered), gathered_age)
     rate = jnp.where(unchanged, now, -now)
-    kept = jax.lax.optimization_barrier(jnp.stack([gathered, gathered_error, gathered_age, rate]))
-    next_weight = jax.lax.optimization_barrier(next_weight)
+    kept = jnp.stack([gathered, next_weight, gathered_error, gathered_age, rate])
+    kept = jax.lax.optimization_barrier(kept)
     length_before = 2 * age / _divisor(value) + 1
-    rows = value, kept[0], next_weight, length_before, length
+    rows = value, kept[0], kept[1], length_before, length
     columns = [tuple(row[i] for row in rows) for i in range(len(constant))]
     return kept, [
-        (value, _divisor(weight), _divisor(next_weight), length_before, length)
+        (
+            value,
+            _divisor(weight),
+            _divisor(next_weight),
+            length_before,
+            length,
+        )
         for value, weight, next_weight, length_before, length in columns
     ]
 

@@ -17,7 +17,7 @@ from jax import export
 from support import assert_close, random_params, user_jit
 
 import adam_jax
-from adam_jax._tree import traced_once
+from adam_jax._jit import once
 
 SHAPES = {"kernel": (256, 300), "bias": (300,), "head": (300, 10)}
 PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
@@ -154,7 +154,7 @@ def test_donation_leaves_no_copy(pair):
     assert memory.temp_size_in_bytes < LARGEST / 100
 
 
-RULES = [adam_jax.squared, adam_jax.belief, adam_jax.moments.yogi]
+RULES = [adam_jax.squared, adam_jax.belief, adam_jax.rules.yogi]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

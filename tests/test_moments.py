@@ -205,7 +205,7 @@ def test_the_step_uses_the_moment_before_it_is_rounded():
     exact, _ = adam_jax.scale_by_moments(0.9, 0.99).update(
         grads, adam_jax.scale_by_moments().init(grads)
     )
-    chex.assert_trees_all_equal(moments._replace(seal=None), exact._replace(seal=None))
+    chex.assert_trees_all_equal(moments._replace(intact=None), exact._replace(intact=None))
     assert state.nu.astype(jnp.float32) != moments.nu.value
 
 
@@ -216,7 +216,7 @@ def test_count_saturates():
     state = tx.init(params)
     state = (state[0]._replace(count=largest), state[1], state[2]._replace(step=largest))
     updates, state = tx.update(params, state)
-    assert state[0].count == state[2].step == largest
+    assert state[0].count == state[2].count == largest
     chex.assert_tree_all_finite(updates)
 
 

@@ -13,7 +13,7 @@ import pytest
 from support import assert_close
 
 import adam_jax
-from adam_jax._tree import traced_once
+from adam_jax._jit import once
 
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 

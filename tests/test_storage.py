@@ -25,7 +25,7 @@ from support import assert_close
 
 import adam_jax
 from adam_jax import storage
-from adam_jax._bits import random_bits, uniform
+from adam_jax._random import random_bits, uniform
 from adam_jax.storage import Blocks, Leaf, Storage
 
 SHAPE = (70, 65)  # the last block of 32 or 64 rows is a partial one

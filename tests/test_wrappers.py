@@ -344,8 +344,8 @@ def test_tree_map_params(rate):
     )
     names = {name: name for name in params}
     assert named[0].mu == named[0].nu == names
-    assert named[0].count == named[-1].step == "scalar"
-    assert set(jax.tree.leaves(named[0].mu_weight)) <= {"scalar"}
+    assert named[0].count == named[-1].count == "scalar"
+    assert set(jax.tree.leaves(named[0].weights)) <= {"scalar"}
 
 
 @pytest.mark.parametrize(
