@@ -92,8 +92,8 @@ def mixed(average: jax.Array, new: jax.Array, decay: Scalar) -> jax.Array:
 
 # --- The weights that a state keeps ---------------------------------------------------------------
 
-# A column for each moment, and these rows. All zeros mean that the rate has been what it is now since
-# the first step.
+# A column for each moment, and these rows. All zeros mean that the rate has been what it is now
+# since the first step.
 #   the weight that the moment has gathered;
 #   the weight after the next step: no step reads it from the state. It stands here because XLA
 #     orders the arithmetic of a leaf otherwise if a scalar that the leaf uses is not kept, and then
@@ -162,7 +162,8 @@ def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constan
         at = t.astype(dtype)
         value = jnp.where(closed, 1 - b ** (at - 1), value)
         error = jnp.where(closed, 0, error)
-        age = jnp.where(closed, _age(_length(b, at - 1), value), age)
+        # Zeros after steps: a state made by hand, such as one that was taken over from optax.
+        age = jnp.where(closed & (last == 0), _age(_length(b, at - 1), value), age)
     gathered, gathered_error, gathered_age = _gathered(value, error, age, now)
     next_weight = _gathered(gathered, gathered_error, gathered_age, following)[0]
     length = 2 * gathered_age / _divisor(gathered) + 1
@@ -170,7 +171,6 @@ def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constan
         gathered = jnp.where(closed, 1 - b**at, gathered)
         next_weight = jnp.where(closed, 1 - b ** (at + 1), next_weight)
         length = jnp.where(closed, _length(b, at), length)
-        gathered_age = jnp.where(closed, _age(length, gathered), gathered_age)
     rate = jnp.where(unchanged, now, -now)
     kept = jnp.stack([gathered, next_weight, gathered_error, gathered_age, rate])
     kept = jax.lax.optimization_barrier(kept)
@@ -178,13 +178,7 @@ def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constan
     rows = value, kept[0], kept[1], length_before, length
     columns = [tuple(row[i] for row in rows) for i in range(len(constant))]
     return kept, [
-        (
-            value,
-            _divisor(weight),
-            _divisor(next_weight),
-            length_before,
-            length,
-        )
+        (value, _divisor(weight), _divisor(next_weight), length_before, length)
         for value, weight, next_weight, length_before, length in columns
     ]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close
+from support import assert_close, assert_names
 
 import adam_jax
 from adam_jax._jit import once
@@ -336,7 +336,7 @@ def test_wrong_calls(case):
     call, error, message = case
     with pytest.raises(error) as caught:
         call()
-    assert str(caught.value) == message
+    assert_names(caught.value, message)
 
 
 @pytest.mark.parametrize(
@@ -359,9 +359,9 @@ def test_messages_under_jit_are_the_same():
 
 
 def test_other_containers_are_refused():
-    """The leaves agree, the containers do not: JAX's own message names both."""
+    """The leaves agree, the containers do not."""
     tx = adam_jax.adam(1e-3)
-    with pytest.raises(ValueError, match="tuple"):
+    with pytest.raises(ValueError, match=r"another tree than init\(\)"):
         tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
 
 
@@ -523,7 +523,7 @@ def test_a_second_delay_is_refused():
 
 def test_traced_once_remembers_the_numbers_of_every_shape():
     """What is a Python number in the result belongs to the shape it came from."""
-    ranks = traced_once(lambda x: (x, float(x.ndim)))
+    ranks = functools.partial(once, lambda x: (x, float(x.ndim)))
 
     @jax.jit
     def traced(*arrays):
@@ -551,7 +551,7 @@ BETWEEN = {
     # These fail by themselves, because the signal has numbers in it or another structure than the
     # parameters.
     "scale_by_schedule": (optax.scale_by_schedule(lambda count: 0.5), "fails"),
-    "clip_by_global_norm": (optax.clip_by_global_norm(1.0), "fails"),
+    "clip_by_global_norm": (optax.clip_by_global_norm(1.0), "told"),
     "clip_by_block_rms": (optax.clip_by_block_rms(1.0), "fails"),
     "add_noise": (optax.add_noise(0.1, 0.1, 0), "fails"),
     "centralize": (optax.centralize(), "fails"),
@@ -604,13 +604,15 @@ def test_stages_of_optax_between_the_moments_and_their_division(name, wrap):
         with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
             wrap(tx.update)(PAIR, state, PAIR)
     if outcome == "told":
-        leaf = "w" if name.startswith("masked") else "b"
         assert type(caught.value) is TypeError
-        assert str(caught.value) == (
-            f"bias_correct got Moments at ['{leaf}'] that a stage in between took for updates and "
-            "did arithmetic on, such as optax.scale or optax.clip: put it before "
-            "adam_jax.scale_by_moments(...), where it acts on the gradients, or after "
-            "adam_jax.bias_correct(...), where it acts on the update."
+        assert_names(
+            caught.value,
+            (
+                "Moments that a stage in between took for updates and "
+                "did arithmetic on, such as optax.scale or optax.clip: put it before "
+                "adam_jax.scale_by_moments(...), where it acts on the gradients, or after "
+                "adam_jax.bias_correct(...), where it acts on the update."
+            ),
         )
 
 
