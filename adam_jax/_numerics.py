@@ -70,7 +70,8 @@ def quotient(
     find that out for every leaf, which a model of many leaves spends a fifth of its compilation on.
     Without epsilons the guard is under the root, because XLA makes one operation of m / √v.
     """
-    zero, zero_root = (isinstance(e, float) and e == 0 for e in (eps, eps_root))
+    zero = isinstance(eps, float) and eps == 0
+    zero_root = isinstance(eps_root, float) and eps_root == 0
     if not zero_root:
         nu = nu + scalar(eps_root, nu.dtype)
     elif zero:
@@ -78,7 +79,10 @@ def quotient(
     root = sqrt(nu)
     if not zero:
         root = root + scalar(eps, nu.dtype)
-    known = any(isinstance(e, float) and e >= jnp.finfo(nu.dtype).tiny for e in (eps, eps_root))
+    tiny = jnp.finfo(nu.dtype).tiny
+    known = (isinstance(eps, float) and eps >= tiny) or (
+        isinstance(eps_root, float) and eps_root >= tiny
+    )
     divide = jax.lax.div if known or (zero and zero_root) else safe_divide
     return divide(mu, root.astype(mu.dtype))
 

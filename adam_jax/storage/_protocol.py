@@ -62,7 +62,7 @@ class Storage(NamedTuple):
     A moment starts as what `save` makes of its initial value. A storage that keeps several arrays
     of a moment names them: `parts` is a NamedTuple of them, and last of `whole`, for the leaves
     that do not fit. The state then holds one of it, of trees shaped like the parameters. Where a
-    leaf has no such part there is a placeholder: False, with as many axes as the leaf.
+    leaf has no such part there is a placeholder: a few times False, with as many axes as the leaf.
 
     Attributes:
       save: `(moment, leaf) -> stored`: from an array of the leaf's shape and at least float32 to an
@@ -208,7 +208,8 @@ class Slot(NamedTuple):
             try:
                 whole = self._is_whole(parts, leaf)
                 moment = parts[-1] if whole else self.storage.load(self._of_parts(parts), leaf)
-                fits = kind(moment) == kind(leaf)
+                fits = moment.shape == leaf.shape
+                fits = fits and (moment.dtype.kind == "c") == (leaf.dtype.kind == "c")
             except (AttributeError, TypeError, ValueError) as error:
                 raise self._mismatch(parts, leaf) from error
             if not fits:
@@ -289,8 +290,10 @@ class Slot(NamedTuple):
 
     def _tree(self, stored: list[list[Any]], structure: Any) -> Any:
         """From what is stored of each leaf to what a state keeps."""
-        columns = [[parts[i] for parts in stored] for i in range(len(self._names))]
-        return self._of_parts([structure.unflatten(column) for column in columns])
+        if self.storage.parts is None:
+            return structure.unflatten([parts[0] for parts in stored])
+        columns = [structure.unflatten(column) for column in zip(*stored, strict=True)]
+        return self.storage.parts(*columns or [structure.unflatten([])] * len(self._names))
 
     def _stored(self, state: Any, grads: Any, structure: Any) -> list[list[Any]]:
         """What a state keeps of each leaf, where its trees are like the gradients'."""
@@ -328,18 +331,19 @@ class Slot(NamedTuple):
     def _mismatch(self, parts: list[Any], leaf: Leaf) -> ValueError:
         """What is kept of a leaf is not what this storage keeps of it."""
         described = lambda parts: " and ".join(  # noqa: E731
-            f"{name} {kind(part)}".strip() for name, part in zip(self._names, parts, strict=True)
+            f"{name} {getattr(part, 'dtype', part)}{list(jnp.shape(part))}".strip()
+            for name, part in zip(self._names, parts, strict=True)
+            if getattr(part, "dtype", None) != bool
         )
         moment = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        due: list[Any] = [moment]
+        due: list[Any] = [*[_placeholder(leaf)] * (len(self._names) - 1), moment]
         if self.storage.fits(leaf):
-            due = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
-        else:
-            due = [*[None] * (len(self._names) - 1), moment]
+            saved = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
+            due = [_placeholder(leaf) if part is None else part for part in saved]
         return ValueError(
-            f"{self.stage} got a state that does not match the gradients: of the leaf at "
-            f"{leaf.path!r} it keeps {self.moment} as {described(parts)}, and for a gradient of "
-            f"shape {leaf.shape} this {self.moment}_storage keeps {described(due)}. {_REMEDY}"
+            f"{self.stage} got gradients that do not match its state: of the leaf at {leaf.path!r} "
+            f"the state keeps {self.moment} as {described(parts)}, and for a gradient of shape "
+            f"{leaf.shape} this {self.moment}_storage keeps {described(due)}. {_REMEDY}"
         )
 
 
@@ -351,5 +355,9 @@ _REMEDY = (
 
 
 def _placeholder(leaf: Leaf) -> jax.Array:
-    """For a part that a leaf does not have: specs of the leaf fit it, and checkpoints keep it."""
-    return jnp.zeros((1,) * len(leaf.shape), bool)
+    """For a part that a leaf does not have: False.
+
+    A spec of the leaf fits it on meshes whose axes have up to 64 devices, and checkpoints keep it,
+    which neither None nor an array without elements allows.
+    """
+    return jnp.zeros([math.gcd(length, 64) if length else 1 for length in leaf.shape], bool)
