@@ -285,8 +285,13 @@ class Slot(NamedTuple):
             return True
         if self.storage.parts is not None:
             return kept.dtype != bool
+        if self.storage.fits(leaf):
+            return False
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            return True
+        # A part of a larger leaf, inside jax.shard_map: what is stored tells.
         wide = jnp.issubdtype(kept.dtype, jnp.inexact) and jnp.finfo(kept.dtype).bits >= 32
-        return wide and kept.shape == leaf.shape and not self.storage.fits(leaf)
+        return wide and kept.shape == leaf.shape
 
     def _tree(self, stored: list[list[Any]], structure: Any) -> Any:
         """From what is stored of each leaf to what a state keeps."""
