@@ -229,4 +229,4 @@ def test_several_steps_around_the_first_stage_alone():
     chex.assert_trees_all_equal(between, jax.tree.map(jnp.zeros_like, PARAMS))
     updates, _ = tx.update(GRADS[1], state, PARAMS)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[:2])
-    assert_close(updates, jax.tree.map(jnp.sign, mean), "contracted")
+    chex.assert_trees_all_close(updates, jax.tree.map(jnp.sign, mean), rtol=1e-4)  # but for eps
