@@ -1,7 +1,7 @@
 """The rules for a second moment: from the gradient and the last one to the next one.
 
 A rule is a pure function `(grad, mu, nu, decay) -> nu` of one leaf. `scale_by_moments` takes one of
-these, or your own.
+these, or your own. `from_first_gradient` is a rate for one.
 """
 
 from typing import Any
@@ -163,11 +163,11 @@ def accumulated(
 
 
 def from_first_gradient(b2: "Rate") -> optax.Schedule:
-    r"""The rate of an average that starts with the first gradient, not with 0.
+    r"""The rate of an average that starts with the first gradient, not with 0: ADOPT's.
 
-    .. math:: b_1 = 0, \qquad b_t = b_2 \text{ for } t > 1
+    .. math:: b_{2,t} = 0 \text{ for } t = 1, \text{ else } b_2
 
-    ADOPT's second moment: without a rate there is nothing to debias, :math:`v_1 = |g_1|^2`.
+    so that :math:`v_1 = |g_1|^2`, and there is nothing to debias.
 
     Args:
       b2: the rate :math:`b_2` from the second step on, in [0, 1): a number, a 0-d array of at least

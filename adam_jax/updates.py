@@ -1,5 +1,6 @@
 """Stages on plain updates: the direction becomes a step downhill."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +16,6 @@ from adam_jax._checks import (
     check_match,
     check_params,
     check_scalar,
-    kind,
 )
 from adam_jax._jit import once
 from adam_jax._numerics import (
@@ -33,7 +33,7 @@ from adam_jax._numerics import (
 from adam_jax._ownership import at
 from adam_jax.signal import check_updates, is_leaf, map_updates, params_of
 
-Mask: TypeAlias = Any | Callable[[optax.Params], Any] | None
+Mask: TypeAlias = Any | Callable[[Any], Any] | None
 
 
 class CountState(NamedTuple):
@@ -93,8 +93,8 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
             rate = check_scalar("learning_rate", rate(count))
 
         def scaled(update, param):
-            if param is not None and kind(param) != kind(update):
-                check_match("scale_by_lr", params, updates)
+            if param is not None and not _alike(update, param):
+                _refuse("scale_by_lr", updates, params)
             return once(_scaled, update, rate)
 
         steps = map_updates("scale_by_lr", scaled, updates, params_of(updates, params))
@@ -149,14 +149,14 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
     """
     rate = check_hyperparameter("rate", rate, schedule=True)
     mask = True if mask is None else mask
-    mask_is_a_tree = _is_mask_tree(mask)
+    fixed = _is_mask_tree(mask)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         count = as_count(state.count)
         now = check_scalar("rate", rate(count)) if callable(rate) else rate
-        params = _params_like(updates, "decay_weights", params)
-        chosen = _broadcast(mask if mask_is_a_tree else mask(params), updates)
+        params = _params_like("decay_weights", updates, params)
+        chosen = _broadcast(mask if fixed else mask(params), updates)  # type: ignore[operator]
 
         def decayed(update, param, chosen):
             if not chosen or (isinstance(now, float) and now == 0):
@@ -205,18 +205,38 @@ def _broadcast(mask: Any, updates: optax.Updates) -> Any:
         ) from error
 
 
-def _params_like(updates: optax.Updates, stage: str, params: optax.Params | None) -> Any:
+def _params_like(stage: str, updates: optax.Updates, params: optax.Params | None) -> Any:
     """The parameters that have an update, and None where the update is None."""
-    check_updates(stage, updates)
     if params is None:
         raise ValueError(f"{stage} needs the parameters: pass params to update().")
-    only = lambda update, param: None if update is None else param  # noqa: E731
     try:
-        updated = jax.tree.map(only, updates, params, is_leaf=is_leaf)
-    except ValueError:
-        updated = params  # another tree
-    check_match(stage, updated, updates)
+        updated = jax.tree.map(_with_update, updates, params, is_leaf=is_leaf)
+        alike = jax.tree.map(_alike, updates, updated)
+    except ValueError:  # another tree
+        alike = False
+    if not all(jax.tree.leaves(alike)):
+        _refuse(stage, updates, params)
     return updated
+
+
+def _with_update(update: Any, param: Any) -> Any:
+    return None if update is None else param
+
+
+def _alike(update: Any, param: Any) -> bool:
+    """Whether a parameter is moved, and not broadcast, by this update."""
+    if param is None or jnp.shape(update) != jnp.shape(param):
+        return False
+    return jnp.iscomplexobj(update) == jnp.iscomplexobj(param)
+
+
+def _refuse(stage: str, updates: optax.Updates, params: optax.Params) -> None:
+    """The error for parameters that are not like the updates, with the name of the leaf."""
+    check_updates(stage, updates)
+    with contextlib.suppress(ValueError):  # of another tree
+        params = jax.tree.map(_with_update, updates, params, is_leaf=is_leaf)
+    check_match(stage, params, updates)
+    raise ValueError(f"{stage} got parameters in another tree than the updates.")
 
 
 class AccumulateState(NamedTuple):
@@ -349,7 +369,7 @@ def scale_by_trust_ratio() -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _params_like(updates, "scale_by_trust_ratio", params)
+        params = _params_like("scale_by_trust_ratio", updates, params)
         rescaled = lambda update, param: once(_rescaled, update, param)  # noqa: E731
         return map_updates("scale_by_trust_ratio", rescaled, updates, params), state
 
