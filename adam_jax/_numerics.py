@@ -1,12 +1,14 @@
 """The dtypes to compute in, the count of steps, and a division that a zero does not spoil."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Scalar = jax.Array | float
+Scalar: TypeAlias = jax.Array | float
+Rate: TypeAlias = Scalar | Callable[[jax.Array], Any]  # or a schedule from the steps taken so far
 
 
 def as_count(count: Any) -> jax.Array:
