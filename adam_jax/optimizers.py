@@ -15,17 +15,15 @@ or a schedule, a function from the number of steps taken so far; a `Mask` says w
 """
 
 import functools
-import inspect
 import math
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
 from adam_jax import correction, rules
-from adam_jax._checks import check_bool, check_dtype, check_hyperparameter
+from adam_jax._checks import check_bool, check_hyperparameter
 from adam_jax._numerics import Rate, Scalar
 from adam_jax.correction import (
     cautious,
@@ -51,61 +49,16 @@ from adam_jax.updates import (
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 StorageLike: TypeAlias = Storage | DTypeLike | None
-Arguments = ParamSpec("Arguments")
-
-# The arguments that are decay rates, below 1, and those that may be schedules.
-DECAYS = {"b1", "b2", "b3", "decay", "momentum"}
-RATES = {"learning_rate", "b1", "b2", "b3", "alpha", "decay", "weight_decay"}
-NUMBERS = DECAYS | RATES
-NUMBERS |= {"eps", "eps_root", "scale", "threshold", "initial_accumulator_value", "initial_scale"}
 
 
-def _member(build: Callable[Arguments, Optimizer]) -> Callable[Arguments, Optimizer]:
-    """The same function with its arguments checked by their names here.
-
-    A stage checks what it gets too, but would name its own argument: `rate`, not `weight_decay`.
-    """
-    signature = inspect.signature(build)
-
-    @functools.wraps(build)
-    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Optimizer:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            return build(*args, **kwargs)  # Python's own error
-        bound.apply_defaults()
-        given = bound.arguments
-        for name, value in given.items():
-            if isinstance(signature.parameters[name].default, bool):
-                check_bool(name, value)
-            elif name in NUMBERS and value is not None:
-                upper = 1 if name in DECAYS else math.inf
-                check_hyperparameter(name, value, upper=upper, schedule=name in RATES)
-        if given.get("accumulator_dtype") is not None:
-            check_dtype("accumulator_dtype", given["accumulator_dtype"], jnp.inexact)
-        if given["mask"] is not None and given["weight_decay"] is None:
-            raise ValueError("mask says which leaves decay, but weight_decay is None.")
-        if given.get("nesterov") and given.get("momentum", 0.0) is None:
-            raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
-        if given.get("momentum_decay") is not None and not given["nesterov"]:
-            raise ValueError(MOMENTUM_DECAY)
-        return build(*args, **kwargs)
-
-    return checked
-
-
-MOMENTUM_DECAY = "momentum_decay needs nesterov=True and a b1 that is no schedule."
-
-
-@_member
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: "Scalar | None" = None,
+    momentum: Scalar | None = None,
     nesterov: bool = False,
-    accumulator_dtype: "DTypeLike | None" = None,
+    accumulator_dtype: DTypeLike | None = None,
     *,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Stochastic gradient descent, plain or with momentum.
 
@@ -130,22 +83,21 @@ def sgd(
     return optax.chain(
         *(
             []
-            if momentum is None
+            if _no_momentum(momentum, nesterov)
             else [accumulate(momentum, nesterov=nesterov, dtype=accumulator_dtype)]
         ),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def momentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: "Scalar" = 0.9,
+    momentum: Scalar = 0.9,
     *,
-    accumulator_dtype: "DTypeLike | None" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    accumulator_dtype: DTypeLike | None = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Descent along a decaying sum of gradients: the heavy ball.
 
@@ -168,19 +120,18 @@ def momentum(
     """
     return optax.chain(
         accumulate(momentum, dtype=accumulator_dtype),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def nesterov_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: "Scalar" = 0.9,
+    momentum: Scalar = 0.9,
     *,
-    accumulator_dtype: "DTypeLike | None" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    accumulator_dtype: DTypeLike | None = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Nesterov's accelerated gradient: the heavy ball that looks one step ahead.
 
@@ -203,21 +154,20 @@ def nesterov_momentum(
     """
     return optax.chain(
         accumulate(momentum, nesterov=True, dtype=accumulator_dtype),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adagrad(
     learning_rate: optax.ScalarOrSchedule,
     initial_accumulator_value: float = 0.1,
-    eps: "Scalar" = 1e-7,
+    eps: Scalar = 1e-7,
     *,
     eps_in_sqrt: bool = True,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Adagrad: the gradient over the root of the sum of all its squares.
 
@@ -247,27 +197,28 @@ def adagrad(
             initial_nu=initial_accumulator_value,
             nu_storage=nu_storage,
         ),
-        normalize(eps=0.0, eps_root=eps) if eps_in_sqrt else normalize(eps=eps),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        normalize(eps=0.0, eps_root=eps)
+        if check_bool("eps_in_sqrt", eps_in_sqrt)
+        else normalize(eps=eps),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,
-    decay: "Rate" = 0.9,
-    eps: "Scalar" = 1e-8,
+    decay: Rate = 0.9,
+    eps: Scalar = 1e-8,
     initial_scale: float = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
-    momentum: "Scalar | None" = None,
+    momentum: Scalar | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""RMSProp: the gradient over the root of the mean of its recent squares.
 
@@ -309,30 +260,31 @@ def rmsprop(
         scale_by_moments(
             decay if centered else None, decay, initial_nu=initial_scale, nu_storage=nu_storage
         ),
-        *([debias()] if bias_correction else []),
-        *([center()] if centered else []),
-        normalize(eps=0.0, eps_root=eps) if eps_in_sqrt else normalize(eps=eps),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([debias()] if check_bool("bias_correction", bias_correction) else []),
+        *([center()] if check_bool("centered", centered) else []),
+        normalize(eps=0.0, eps_root=eps)
+        if check_bool("eps_in_sqrt", eps_in_sqrt)
+        else normalize(eps=eps),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
-        *([] if momentum is None else [accumulate(momentum, nesterov=nesterov)]),
+        *([] if _no_momentum(momentum, nesterov) else [accumulate(momentum, nesterov=nesterov)]),
     )
 
 
-@_member
 def adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    mu_dtype: "DTypeLike | None" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Adam: the mean of recent gradients over the root of the mean of their squares.
 
@@ -388,28 +340,27 @@ def adam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    mu_dtype: "DTypeLike | None" = None,
-    weight_decay: "Rate" = 1e-4,
-    mask: "Mask" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Rate = 1e-4,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
 
@@ -435,29 +386,28 @@ def adamw(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def nadam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    mu_dtype: "DTypeLike | None" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
     *,
     nesterov: bool = True,
-    momentum_decay: "Scalar | None" = None,
+    momentum_decay: Scalar | None = None,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Adam with Nesterov's momentum.
 
@@ -481,29 +431,32 @@ def nadam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *([correction.nesterov(_dozat(b1, momentum_decay))] if nesterov else []),
+        *(
+            [correction.nesterov(_dozat(b1, momentum_decay))]
+            if _looks_ahead(nesterov, momentum_decay)
+            else []
+        ),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def nadamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    mu_dtype: "DTypeLike | None" = None,
-    weight_decay: "Rate" = 1e-4,
-    mask: "Mask" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Rate = 1e-4,
+    mask: Mask = None,
     *,
     nesterov: bool = True,
-    momentum_decay: "Scalar | None" = None,
+    momentum_decay: Scalar | None = None,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""AdamW with Nesterov's momentum.
 
@@ -529,31 +482,34 @@ def nadamw(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *([correction.nesterov(_dozat(b1, momentum_decay))] if nesterov else []),
+        *(
+            [correction.nesterov(_dozat(b1, momentum_decay))]
+            if _looks_ahead(nesterov, momentum_decay)
+            else []
+        ),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    mu_dtype: "DTypeLike | None" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     max_before_correction: bool = False,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""AMSGrad: Adam whose second moment never falls, so that it forgets no rare large gradient.
 
@@ -576,7 +532,7 @@ def amsgrad(
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
-    if eps_hat and not max_before_correction:
+    if check_bool("eps_hat", eps_hat) and not max_before_correction:
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
         )
@@ -584,33 +540,36 @@ def amsgrad(
         raise ValueError("eps_hat and nesterov imply the bias correction: leave it on.")
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
-        *([running_max(nu_storage=nu_storage)] if max_before_correction else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
+        *(
+            [running_max(nu_storage=nu_storage)]
+            if check_bool("max_before_correction", max_before_correction)
+            else []
+        ),
         debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat),
         *([] if max_before_correction else [running_max(nu_storage=nu_storage)]),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=True)
         if eps_hat
         else normalize(eps=eps, eps_root=eps_root),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def radam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    threshold: "Scalar" = 5.0,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    threshold: Scalar = 5.0,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Rectified Adam: momentum until the second moment has seen enough gradients, then Adam.
 
@@ -632,27 +591,26 @@ def radam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         rectify(eps=eps, eps_root=eps_root, threshold=threshold, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adabelief(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-16,
-    eps_root: "Scalar" = 1e-16,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-16,
+    eps_root: Scalar = 1e-16,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""AdaBelief: divide by how far the gradients are from what their mean lets expect.
 
@@ -680,25 +638,24 @@ def adabelief(
             mu_storage=mu_storage,
             nu_storage=nu_storage,
         ),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
     *,
     nesterov: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Adamax: Adam with the decaying maximum of the gradient for the root of the second moment.
 
@@ -726,26 +683,25 @@ def adamax(
             mu_storage=mu_storage,
             nu_storage=nu_storage,
         ),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(nu=False),
         normalize(eps=0.0),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    weight_decay: "Rate" = 1e-4,
-    mask: "Mask" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Rate = 1e-4,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""Adamax with decoupled weight decay.
 
@@ -775,28 +731,27 @@ def adamaxw(
             mu_storage=mu_storage,
             nu_storage=nu_storage,
         ),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(nu=False),
         normalize(eps=0.0),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def yogi(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-3,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-3,
     *,
-    eps_root: "Scalar" = 0.0,
+    eps_root: Scalar = 0.0,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Yogi: Adam whose second moment moves by a share of the squared gradient at most.
 
@@ -825,27 +780,26 @@ def yogi(
             mu_storage=mu_storage,
             nu_storage=nu_storage,
         ),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-6,
-    eps_root: "Scalar" = 0.0,
-    weight_decay: "Rate" = 0.0,
-    mask: "Mask" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-6,
+    eps_root: Scalar = 0.0,
+    weight_decay: Rate = 0.0,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
 
@@ -866,26 +820,25 @@ def lamb(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_trust_ratio(),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adam_atan2(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    scale: "Scalar" = 4 / math.pi,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    scale: Scalar = 4 / math.pi,
     *,
     nesterov: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""Adam without an epsilon: the division is an arc tangent.
 
@@ -907,26 +860,25 @@ def adam_atan2(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         atan2(scale=scale),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def laprop(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-15,
-    eps_root: "Scalar" = 0.0,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-15,
+    eps_root: Scalar = 0.0,
     *,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""LaProp: first divide the gradient, then average.
 
@@ -952,24 +904,23 @@ def laprop(
         scale_by_moments(b1, None, mu_storage=mu_storage),
         debias(),
         first_moment(),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def adopt(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.9999,
-    eps: "Scalar" = 1e-6,
-    mu_dtype: "DTypeLike | None" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.9999,
+    eps: Scalar = 1e-6,
+    mu_dtype: DTypeLike | None = None,
     *,
     use_clipping: bool = True,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
-    weight_decay: "Rate | None" = None,
-    mask: "Mask" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
+    weight_decay: Rate | None = None,
+    mask: Mask = None,
 ) -> Optimizer:
     r"""ADOPT: divide by the second moment of the gradients before, then average.
 
@@ -1000,30 +951,33 @@ def adopt(
         delay(),
         floor(eps=eps),
         normalize(eps=0.0),
-        *([clip_by_schedule(lambda t: jnp.asarray(t, float) ** 0.25)] if use_clipping else []),
+        *(
+            [clip_by_schedule(lambda t: jnp.asarray(t, float) ** 0.25)]
+            if check_bool("use_clipping", use_clipping)
+            else []
+        ),
         scale_by_moments(b1, None, mu_storage=_either(mu_dtype, mu_storage)),
         first_moment(),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def ademamix(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    b3: "Rate" = 0.9999,
-    alpha: "Rate" = 5.0,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    mu_dtype: "DTypeLike | None" = None,
-    weight_decay: "Rate" = 0.0,
-    mask: "Mask" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    b3: Rate = 0.9999,
+    alpha: Rate = 5.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Rate = 0.0,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""AdEMAMix: Adam with a second, slower first moment mixed in.
 
@@ -1046,25 +1000,24 @@ def ademamix(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(),
         mix_slow_moment(b3, alpha, mu_storage=_either(mu_dtype, mu_storage)),
         normalize(eps=eps, eps_root=eps_root),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def lion(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Scalar" = 0.9,
-    b2: "Rate" = 0.99,
-    mu_dtype: "DTypeLike | None" = None,
-    weight_decay: "Rate" = 1e-3,
-    mask: "Mask" = None,
+    b1: Scalar = 0.9,
+    b2: Rate = 0.99,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: Rate = 1e-3,
+    mask: Mask = None,
     *,
-    mu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
 
@@ -1093,25 +1046,24 @@ def lion(
         interpolate(b1),
         first_moment(),
         optax.scale_by_sign(),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-@_member
 def cautious_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: "Rate" = 0.9,
-    b2: "Rate" = 0.999,
-    eps: "Scalar" = 1e-8,
-    eps_root: "Scalar" = 0.0,
-    weight_decay: "Rate" = 1e-4,
-    mask: "Mask" = None,
+    b1: Rate = 0.9,
+    b2: Rate = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    weight_decay: Rate = 1e-4,
+    mask: Mask = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: "StorageLike" = None,
-    nu_storage: "StorageLike" = None,
+    mu_storage: StorageLike = None,
+    nu_storage: StorageLike = None,
 ) -> Optimizer:
     r"""AdamW that moves only where its direction agrees with the gradient of this step.
 
@@ -1133,10 +1085,10 @@ def cautious_adamw(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *([correction.nesterov()] if nesterov else []),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         cautious(),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if weight_decay is None else [decay_weights(weight_decay, mask=mask)]),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
@@ -1144,11 +1096,29 @@ def cautious_adamw(
 # --- Arguments of stages --------------------------------------------------------------------------
 
 
-def _either(mu_dtype: "DTypeLike | None", mu_storage: StorageLike) -> StorageLike:
+def _either(mu_dtype: DTypeLike | None, mu_storage: StorageLike) -> StorageLike:
     """How to keep the first moment: optax's `mu_dtype` is a dtype for `mu_storage`."""
     if mu_dtype is not None and mu_storage is not None:
         raise ValueError("mu_dtype and mu_storage both say how to keep the first moment: give one.")
     return mu_storage if mu_dtype is None else mu_dtype
+
+
+def _no_decay(weight_decay: Rate | None, mask: Mask) -> bool:
+    if weight_decay is None and mask is not None:
+        raise ValueError("mask says which leaves decay, but weight_decay is None.")
+    return weight_decay is None
+
+
+def _no_momentum(momentum: Scalar | None, nesterov: bool) -> bool:
+    if momentum is None and check_bool("nesterov", nesterov):
+        raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
+    return momentum is None
+
+
+def _looks_ahead(nesterov: bool, momentum_decay: Scalar | None) -> bool:
+    if not check_bool("nesterov", nesterov) and momentum_decay is not None:
+        raise ValueError("momentum_decay needs nesterov=True.")
+    return nesterov
 
 
 def _dozat(b1: Any, momentum_decay: Scalar | None) -> optax.Schedule | None:
@@ -1157,5 +1127,5 @@ def _dozat(b1: Any, momentum_decay: Scalar | None) -> optax.Schedule | None:
         return None
     decay = check_hyperparameter("momentum_decay", momentum_decay)
     if callable(b1):
-        raise ValueError(MOMENTUM_DECAY)
+        raise ValueError("momentum_decay needs a b1 that is no schedule.")
     return lambda t: b1 * (1 - 0.5 * 0.96 ** (decay * (jnp.asarray(t, float) + 1)))
