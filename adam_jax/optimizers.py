@@ -53,11 +53,12 @@ Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 StorageLike: TypeAlias = Storage | DTypeLike | None
 Arguments = ParamSpec("Arguments")
 
-# The arguments that are decay rates, below 1, and those that may be schedules.
-DECAYS = {"b1", "b2", "b3", "decay", "momentum"}
+# The arguments that are numbers, those of them that are below 1, and those that may be schedules.
+BELOW_1 = {"b1", "b2", "b3", "decay", "momentum"}
 RATES = {"learning_rate", "b1", "b2", "b3", "alpha", "decay", "weight_decay"}
-NUMBERS = DECAYS | RATES
-NUMBERS |= {"eps", "eps_root", "scale", "threshold", "initial_accumulator_value", "initial_scale"}
+OTHERS = {"eps", "eps_root", "scale", "threshold", "initial_accumulator_value", "initial_scale"}
+NUMBERS = BELOW_1 | RATES | OTHERS
+MOMENTUM_DECAY = "momentum_decay needs nesterov=True and a b1 that is no schedule."
 
 
 def _member(build: Callable[Arguments, Optimizer]) -> Callable[Arguments, Optimizer]:
@@ -79,7 +80,7 @@ def _member(build: Callable[Arguments, Optimizer]) -> Callable[Arguments, Optimi
             if isinstance(signature.parameters[name].default, bool):
                 check_bool(name, value)
             elif name in NUMBERS and value is not None:
-                upper = 1 if name in DECAYS else math.inf
+                upper = 1 if name in BELOW_1 else math.inf
                 check_hyperparameter(name, value, upper=upper, schedule=name in RATES)
         if given.get("accumulator_dtype") is not None:
             check_dtype("accumulator_dtype", given["accumulator_dtype"], jnp.inexact)
@@ -92,9 +93,6 @@ def _member(build: Callable[Arguments, Optimizer]) -> Callable[Arguments, Optimi
         return build(*args, **kwargs)
 
     return checked
-
-
-MOMENTUM_DECAY = "momentum_decay needs nesterov=True and a b1 that is no schedule."
 
 
 @_member
