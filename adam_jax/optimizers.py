@@ -53,12 +53,12 @@ StorageLike: TypeAlias = Storage | DTypeLike | None
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Scalar | None = None,
+    momentum: "Scalar | None" = None,
     nesterov: bool = False,
-    accumulator_dtype: DTypeLike | None = None,
+    accumulator_dtype: "DTypeLike | None" = None,
     *,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Stochastic gradient descent, plain or with momentum.
 
@@ -93,11 +93,11 @@ def sgd(
 
 def momentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Scalar = 0.9,
+    momentum: "Scalar" = 0.9,
     *,
-    accumulator_dtype: DTypeLike | None = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    accumulator_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Descent along a decaying sum of gradients: the heavy ball.
 
@@ -118,6 +118,7 @@ def momentum(
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
     """
+    check_hyperparameter("momentum", momentum, upper=1)
     return optax.chain(
         accumulate(momentum, dtype=accumulator_dtype),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
@@ -127,11 +128,11 @@ def momentum(
 
 def nesterov_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Scalar = 0.9,
+    momentum: "Scalar" = 0.9,
     *,
-    accumulator_dtype: DTypeLike | None = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    accumulator_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Nesterov's accelerated gradient: the heavy ball that looks one step ahead.
 
@@ -152,6 +153,7 @@ def nesterov_momentum(
 
     Source: Sutskever et al., "On the importance of initialization and momentum" (ICML 2013).
     """
+    check_hyperparameter("momentum", momentum, upper=1)
     return optax.chain(
         accumulate(momentum, nesterov=True, dtype=accumulator_dtype),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
@@ -162,12 +164,12 @@ def nesterov_momentum(
 def adagrad(
     learning_rate: optax.ScalarOrSchedule,
     initial_accumulator_value: float = 0.1,
-    eps: Scalar = 1e-7,
+    eps: "Scalar" = 1e-7,
     *,
     eps_in_sqrt: bool = True,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adagrad: the gradient over the root of the sum of all its squares.
 
@@ -189,6 +191,7 @@ def adagrad(
 
     Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011).
     """
+    check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
     return optax.chain(
         scale_by_moments(
             None,
@@ -207,18 +210,18 @@ def adagrad(
 
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,
-    decay: Rate = 0.9,
-    eps: Scalar = 1e-8,
+    decay: "Rate" = 0.9,
+    eps: "Scalar" = 1e-8,
     initial_scale: float = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
-    momentum: Scalar | None = None,
+    momentum: "Scalar | None" = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""RMSProp: the gradient over the root of the mean of its recent squares.
 
@@ -256,6 +259,8 @@ def rmsprop(
             "centered=True subtracts the squared mean from the second moment, and a stored moment "
             "is rounded by more than is left: keep it in full, leave nu_storage None."
         )
+    check_hyperparameter("decay", decay, upper=1, schedule=True)
+    check_hyperparameter("initial_scale", initial_scale)
     return optax.chain(
         scale_by_moments(
             decay if centered else None, decay, initial_nu=initial_scale, nu_storage=nu_storage
@@ -273,18 +278,18 @@ def rmsprop(
 
 def adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: DTypeLike | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adam: the mean of recent gradients over the root of the mean of their squares.
 
@@ -349,18 +354,18 @@ def adam(
 
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: DTypeLike | None = None,
-    weight_decay: Rate = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
 
@@ -395,19 +400,19 @@ def adamw(
 
 def nadam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: DTypeLike | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
     *,
     nesterov: bool = True,
-    momentum_decay: Scalar | None = None,
+    momentum_decay: "Scalar | None" = None,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adam with Nesterov's momentum.
 
@@ -444,19 +449,19 @@ def nadam(
 
 def nadamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: DTypeLike | None = None,
-    weight_decay: Rate = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = True,
-    momentum_decay: Scalar | None = None,
+    momentum_decay: "Scalar | None" = None,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""AdamW with Nesterov's momentum.
 
@@ -495,21 +500,21 @@ def nadamw(
 
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: DTypeLike | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     max_before_correction: bool = False,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""AMSGrad: Adam whose second moment never falls, so that it forgets no rare large gradient.
 
@@ -532,6 +537,7 @@ def amsgrad(
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
+    check_bool("max_before_correction", max_before_correction)
     if check_bool("eps_hat", eps_hat) and not max_before_correction:
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
@@ -558,18 +564,18 @@ def amsgrad(
 
 def radam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    threshold: Scalar = 5.0,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    threshold: "Scalar" = 5.0,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Rectified Adam: momentum until the second moment has seen enough gradients, then Adam.
 
@@ -600,17 +606,17 @@ def radam(
 
 def adabelief(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-16,
-    eps_root: Scalar = 1e-16,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-16,
+    eps_root: "Scalar" = 1e-16,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""AdaBelief: divide by how far the gradients are from what their mean lets expect.
 
@@ -647,15 +653,15 @@ def adabelief(
 
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
     *,
     nesterov: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adamax: Adam with the decaying maximum of the gradient for the root of the second moment.
 
@@ -693,15 +699,15 @@ def adamax(
 
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: Rate = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""Adamax with decoupled weight decay.
 
@@ -741,17 +747,17 @@ def adamaxw(
 
 def yogi(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-3,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-3,
     *,
-    eps_root: Scalar = 0.0,
+    eps_root: "Scalar" = 0.0,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Yogi: Adam whose second moment moves by a share of the squared gradient at most.
 
@@ -789,17 +795,17 @@ def yogi(
 
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-6,
-    eps_root: Scalar = 0.0,
-    weight_decay: Rate = 0.0,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-6,
+    eps_root: "Scalar" = 0.0,
+    weight_decay: "Rate" = 0.0,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
 
@@ -830,15 +836,15 @@ def lamb(
 
 def adam_atan2(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    scale: Scalar = 4 / math.pi,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    scale: "Scalar" = 4 / math.pi,
     *,
     nesterov: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adam without an epsilon: the division is an arc tangent.
 
@@ -869,16 +875,16 @@ def adam_atan2(
 
 def laprop(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-15,
-    eps_root: Scalar = 0.0,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-15,
+    eps_root: "Scalar" = 0.0,
     *,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""LaProp: first divide the gradient, then average.
 
@@ -911,16 +917,16 @@ def laprop(
 
 def adopt(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.9999,
-    eps: Scalar = 1e-6,
-    mu_dtype: DTypeLike | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.9999,
+    eps: "Scalar" = 1e-6,
+    mu_dtype: "DTypeLike | None" = None,
     *,
     use_clipping: bool = True,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
-    weight_decay: Rate | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""ADOPT: divide by the second moment of the gradients before, then average.
 
@@ -946,6 +952,7 @@ def adopt(
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
     """
+    check_bool("use_clipping", use_clipping)
     return optax.chain(
         scale_by_moments(None, rules.from_first_gradient(b2), nu_storage=nu_storage),
         delay(),
@@ -965,19 +972,19 @@ def adopt(
 
 def ademamix(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    b3: Rate = 0.9999,
-    alpha: Rate = 5.0,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: DTypeLike | None = None,
-    weight_decay: Rate = 0.0,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    b3: "Rate" = 0.9999,
+    alpha: "Rate" = 5.0,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 0.0,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""AdEMAMix: Adam with a second, slower first moment mixed in.
 
@@ -1011,13 +1018,13 @@ def ademamix(
 
 def lion(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: Rate = 0.99,
-    mu_dtype: DTypeLike | None = None,
-    weight_decay: Rate = 1e-3,
-    mask: Mask = None,
+    b1: "Scalar" = 0.9,
+    b2: "Rate" = 0.99,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 1e-3,
+    mask: "Mask" = None,
     *,
-    mu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
 
@@ -1041,6 +1048,7 @@ def lion(
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675).
     """
+    check_hyperparameter("b2", b2, upper=1, schedule=True)
     return optax.chain(
         scale_by_moments(b2, None, mu_storage=_either(mu_dtype, mu_storage)),
         interpolate(b1),
@@ -1053,17 +1061,17 @@ def lion(
 
 def cautious_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Rate = 0.9,
-    b2: Rate = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    weight_decay: Rate = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: StorageLike = None,
-    nu_storage: StorageLike = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""AdamW that moves only where its direction agrees with the gradient of this step.
 
@@ -1106,12 +1114,16 @@ def _either(mu_dtype: DTypeLike | None, mu_storage: StorageLike) -> StorageLike:
 def _no_decay(weight_decay: Rate | None, mask: Mask) -> bool:
     if weight_decay is None and mask is not None:
         raise ValueError("mask says which leaves decay, but weight_decay is None.")
+    if weight_decay is not None:
+        check_hyperparameter("weight_decay", weight_decay, schedule=True)
     return weight_decay is None
 
 
 def _no_momentum(momentum: Scalar | None, nesterov: bool) -> bool:
     if momentum is None and check_bool("nesterov", nesterov):
         raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
+    if momentum is not None:
+        check_hyperparameter("momentum", momentum, upper=1)
     return momentum is None
 
 

@@ -338,7 +338,7 @@ class Slot(NamedTuple):
         described = lambda parts: " and ".join(  # noqa: E731
             f"{name} {getattr(part, 'dtype', part)}{list(jnp.shape(part))}".strip()
             for name, part in zip(self._names, parts, strict=True)
-            if getattr(part, "dtype", None) != bool
+            if kind(part) != kind(None) and part.dtype.kind != "b"
         )
         moment = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         due: list[Any] = [*[_placeholder(leaf)] * (len(self._names) - 1), moment]
