@@ -177,7 +177,7 @@ def stateless(
         del params, extra_args
         return map_moments(stage, inside, updates), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(no_state, update_fn)
 
 
 def to_updates(
@@ -202,9 +202,9 @@ def to_updates(
         del extra_args
         return map_moments(stage, inside, updates, params_of(updates, params)), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(no_state, update_fn)
 
 
-def _no_state(params):
+def no_state(params):
     del params
     return optax.EmptyState()

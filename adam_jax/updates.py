@@ -24,14 +24,13 @@ from adam_jax._numerics import (
     accumulator,
     as_count,
     increment,
-    is_complex,
     safe_divide,
     scalar,
     sqrt,
     wider,
 )
-from adam_jax._ownership import at
-from adam_jax.signal import check_updates, is_leaf, map_updates, params_of
+from adam_jax.signal import check_updates, is_leaf, map_updates, no_state, params_of
+from adam_jax.storage._protocol import Slot
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
 
@@ -125,8 +124,8 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
         decay.
 
     Returns:
-      A gradient transformation from updates to updates of the same dtype, with a `CountState`
-      whatever the rate and the mask are; `update` needs `params`. The sum is computed in at least
+      A gradient transformation from updates to updates of the same dtype, stateless but for a
+      schedule, which has a `CountState`; `update` needs `params`. The sum is computed in at least
       float32.
 
     Raises:
@@ -153,8 +152,10 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        count = as_count(state.count)
-        now = check_scalar("rate", rate(count)) if callable(rate) else rate
+        now = rate
+        if callable(rate):
+            count = as_count(state.count)
+            now, state = check_scalar("rate", rate(count)), CountState(increment(count))
         params = _params_like("decay_weights", updates, params)
         chosen = _broadcast(mask if fixed else mask(params), updates)  # type: ignore[operator]
 
@@ -163,10 +164,10 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
                 return update
             return once(_decayed, update, param, now)
 
-        updates = map_updates("decay_weights", decayed, updates, params, chosen)
-        return updates, CountState(increment(count))
+        return map_updates("decay_weights", decayed, updates, params, chosen), state
 
-    return optax.GradientTransformationExtraArgs(CountState.zero, update_fn)
+    init_fn = CountState.zero if callable(rate) else no_state
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _decayed(update: jax.Array, param: jax.Array, rate: Scalar) -> jax.Array:
@@ -299,37 +300,26 @@ def accumulate(
     if dtype is not None:
         dtype = check_dtype("dtype", dtype, jnp.inexact)
 
+    slot = Slot.of("accumulate", "mu", dtype)
+
     def init_fn(params):
         check_params("accumulate", params)
-
-        def zeros(path, param):
-            due = jnp.result_type(param)
-            if dtype is not None and is_complex(dtype) != is_complex(due):
-                raise TypeError(
-                    f"accumulate was told to keep sums in {dtype}, but the parameter{at(path)} is "
-                    f"{due}: give a dtype of its kind, or None."
-                )
-            return jnp.zeros_like(param, dtype=accumulator(due) if dtype is None else dtype)
-
-        return AccumulateState(jax.tree_util.tree_map_with_path(zeros, params))
+        return AccumulateState(slot.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_updates("accumulate", updates)
-        check_match("accumulate", state.trace, updates)
+        trace, save = slot.load(state.trace, updates, count=0)
 
         def added(update, trace):
             return once(_added, update, trace, decay)
 
         def step(update, trace):
-            if nesterov:
-                trace = once(_added, update, trace, decay)
-            return trace.astype(update.dtype)
+            return (added(update, trace) if nesterov else trace).astype(update.dtype)
 
-        trace = map_updates("accumulate", added, updates, state.trace)
+        trace = map_updates("accumulate", added, updates, trace)
         updates = map_updates("accumulate", step, updates, trace)
-        trace = jax.tree.map(lambda new, old: new.astype(old.dtype), trace, state.trace)
-        return updates, AccumulateState(trace)
+        return updates, AccumulateState(save(trace))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -373,7 +363,7 @@ def scale_by_trust_ratio() -> optax.GradientTransformationExtraArgs:
         rescaled = lambda update, param: once(_rescaled, update, param)  # noqa: E731
         return map_updates("scale_by_trust_ratio", rescaled, updates, params), state
 
-    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
 
 
 def _rescaled(update: jax.Array, param: jax.Array) -> jax.Array:
