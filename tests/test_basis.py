@@ -280,7 +280,7 @@ def test_bytes_of_galore():
     """Rank 64 of a 1024 × 4096 matrix: two moments of 64 rows and the vectors."""
     tx = adam_jax.in_basis(singular_vectors(64), adam_jax.adam(1e-3))
     state = jax.eval_shape(tx.init, jnp.zeros((1024, 4096)))
-    large = sum(x.size * 4 for x in jax.tree.leaves(state) if x.ndim)
+    large = sum(x.size * 4 for x in jax.tree.leaves(state) if x.size > 8)
     assert large == 4 * (2 * 64 * 4096 + 1024 * 64)
 
 
@@ -363,7 +363,7 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"adam_jax\.basis, such as eigenvectors"):
         adam_jax.in_basis(adam_jax.adam(1e-3), eigenvectors())
     tx = adam_jax.in_basis(eigenvectors(), adam_jax.adam(1e-3, mu_storage=storage.int8()))
-    with pytest.raises(ValueError, match=r"codes at .*kernel.* cannot be turned"):
+    with pytest.raises(ValueError, match=r"codes at .*kernel.* cannot be changed"):
         tx.init({"kernel": jnp.ones((64, 80))})
     tx = adam_jax.in_basis(eigenvectors(), adam_jax.scale_by_moments())
     with pytest.raises(TypeError, match="in_basis takes plain updates"):

@@ -69,7 +69,7 @@ LABELS = {name: "large" if name in ("kernel", "embedding") else "small" for name
 EXPECTED = {
     "adamw": (adam_jax.adamw(1e-3), {
         "0/count": (P(), P()),
-        "0/mu_weight/value": (P(), P()),
+        "0/weights": (P(), P()),
         "0/mu/kernel": (P(None, "model"), P("data", "model")),
         "0/nu/square": (P("model"), P("model", "data")),
         "0/nu/bias": (P("model"), P(("model", "data"))),
@@ -176,7 +176,7 @@ def test_a_parameter_that_is_the_whole_tree():
     kernel = given()["kernel"]
     state = adam_jax.state_shardings(adam_jax.adamw(1e-3, **EIGHT_BITS), kernel, zero="data")
     assert state[0].mu.scales.spec == P("data", "model")
-    assert state[0].count.spec == state[-1].step.spec == P()
+    assert state[0].count.spec == state[0].weights.spec == state[-1].count.spec == P()
 
 
 def test_the_longest_place_counts():

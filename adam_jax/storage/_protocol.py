@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adam_jax._checks import check_dtype, kind
 from adam_jax._numerics import accumulator, is_complex, real
-from adam_jax._ownership import at, leaves_by_path, path_name
+from adam_jax._ownership import at, leaves_by_path, path_name, placeholder
 from adam_jax._random import random_bits
 from adam_jax.sharding import as_param
 
@@ -184,14 +184,17 @@ class Slot(NamedTuple):
         leaves, structure = self._leaves(params, 0)
 
         def stored(leaf, param):
-            start, parts = self._start(leaf, value), [None] * len(self._names)
+            start = self._start(leaf, value)
+            parts: list[Any] = [None] * len(self._names)
             if self.storage.fits(leaf):
                 # Unless it is kept from knowing the value, XLA works out the codes in compilation.
                 start = jax.lax.optimization_barrier(jnp.asarray(start, leaf.dtype))
                 parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
             else:
                 parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
-            return [as_param(_placeholder(leaf) if x is None else x, param) for x in parts]
+            return [
+                as_param(placeholder(len(leaf.shape)) if x is None else x, param) for x in parts
+            ]
 
         return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
 
@@ -348,8 +351,3 @@ _REMEDY = (
     "Give the storage that the state was made with, and gradients shaped like the parameters of "
     "init(); or make the state anew with init()."
 )
-
-
-def _placeholder(leaf: Leaf) -> jax.Array:
-    """For a part that a leaf does not have: specs of the leaf fit it, and checkpoints keep it."""
-    return jnp.zeros((1,) * len(leaf.shape), bool)
