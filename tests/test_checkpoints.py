@@ -91,6 +91,8 @@ CASES = dict(cases())
 
 def random_bits(leaf):
     """Any array of this kind, without NaN."""
+    if leaf.dtype == bool:
+        return jnp.asarray(RNG.integers(0, 2, leaf.shape) == 1)
     bits = RNG.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), "uint8")
     array = bits.view(leaf.dtype).reshape(leaf.shape)
     with np.errstate(invalid="ignore"):
@@ -278,7 +280,7 @@ def test_moments_are_taken_over_into_a_storage(name):
         how = storage.cast(how) if isinstance(how, str) else how
         leaf = storage.Leaf(moment, "kernel", (64, 64), jnp.dtype("float32"), 1)
         parts = kept if isinstance(kept, tuple) else (kept,)
-        stored = [part["kernel"] for part in parts if part["kernel"] is not None]
+        stored = [part["kernel"] for part in parts if part["kernel"].dtype != bool]
         due = jax.tree.leaves(how.save(full["kernel"], leaf))
         assert_close(stored, due, "float32 mean")
         if name != "cast":
@@ -291,7 +293,7 @@ def test_rates_that_moved():
     tx = adam_jax.scale_by_moments(b2=rate)
     state = adam_jax.from_optax(tx, PARAMS, state_of(count=jnp.int32(100)))
     weight = 1 - np.prod([1 - (count + 2.0) ** -0.8 for count in range(100)])
-    assert_close(state.nu_weight.value, weight, "moving")
+    assert_close(state.weights[0, 1], weight, "moving")
 
 
 def test_a_run_in_float32_goes_on_in_8_bits():
@@ -300,7 +302,7 @@ def test_a_run_in_float32_goes_on_in_8_bits():
     _, state = old.update(PARAMS, old.init(PARAMS), PARAMS)
     new = adam_jax.amsgrad(1e-2, **STORAGES["int8"])
     taken = adam_jax.from_optax(new, PARAMS, state)
-    chex.assert_trees_all_equal(taken[0].mu_weight, state[0].mu_weight)
+    chex.assert_trees_all_equal(taken[0].weights, state[0].weights)
     for was, now in ((state[0].nu, taken[0].nu), (state[2].nu_max, taken[2].nu_max)):
         due = storage.int8().save(
             was["kernel"], storage.Leaf("nu", "kernel", (64, 64), jnp.dtype("float32"), 1)
@@ -336,13 +338,13 @@ def test_an_init_that_is_compiled_elsewhere_stays_as_it_was():
     [
         (adam_jax.adam(1e-2), optax.sgd(1e-2, 0.9).init(PARAMS), TypeError, "count, mu and nu"),
         (adam_jax.adam(1e-2), state_of(mu={"bias": PARAMS["bias"]}), ValueError,
-         r"needs a mu of shape \(64, 64\) for the parameter at 'kernel', and the state has none"),
+         r"needs a mu for the parameter at 'kernel', and the state has none: .*start_missing"),
         (adam_jax.adam(1e-2), state_of(nu={**PARAMS, "bias": jnp.ones(4)}), ValueError,
          r"nu of shape \(3,\) for the parameter at 'bias', .* has one of shape \(4,\)"),
         (adam_jax.adam(1e-2), state_of(mu={**PARAMS, "head": jnp.ones(4)}), ValueError,
-         "The state has a mu at 'head', and tx keeps none there"),
-        (adam_jax.lion(1e-2), state_of(), ValueError, "The state has a nu at 'bias'"),
-        (optax.adam(1e-2), state_of(), ValueError, "The state has a mu at 'bias'"),
+         "a mu for scale_by_moments at 'head', and tx keeps none there"),
+        (adam_jax.lion(1e-2), state_of(), ValueError, "a nu for scale_by_moments at 'bias', 'kernel'"),
+        (optax.adam(1e-2), state_of(), ValueError, "a mu for scale_by_moments at 'bias', 'kernel'"),
         (adam_jax.adam(1e-2), (state_of(), state_of(count=jnp.int32(7))), ValueError,
          "got counts of 1000000, 7"),
         (optax.MultiSteps(adam_jax.adam(1e-2), 4), state_of(count=jnp.int32(8)), ValueError,

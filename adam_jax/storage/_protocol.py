@@ -127,7 +127,7 @@ def only_first(dtype: Any) -> str | None:
 
 
 # What moments start from while `from_optax` makes a state, by stage and moment, and by the path of
-# the parameter. An `init` takes the parameters and nothing else.
+# the parameter; others start as ever. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
 
 
@@ -246,15 +246,13 @@ class Slot(NamedTuple):
         return leaves, structure
 
     def _start(self, leaf: Leaf, value: float) -> Any:
-        starts = STARTS.get({}).get((self.stage, self.moment))
-        if starts is None:
+        start = STARTS.get({}).get((self.stage, self.moment), {}).get(leaf.path)
+        if start is None:
             return value
-        start = starts.pop(leaf.path, None)
-        if start is None or jnp.shape(start) != leaf.shape:
-            was = "none" if start is None else f"one of shape {jnp.shape(start)}"
+        if jnp.shape(start) != leaf.shape:
             raise ValueError(
                 f"{self.stage} needs a {self.moment} of shape {leaf.shape} for the parameter at "
-                f"{leaf.path!r}, and the state has {was}."
+                f"{leaf.path!r}, and the state has one of shape {jnp.shape(start)}."
             )
         return jnp.array(start)  # a copy, that may be donated
 
