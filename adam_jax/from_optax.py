@@ -1,6 +1,6 @@
 """From a state of optax, or of adam_jax 0.1.0, to one of this package: a running job goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -11,6 +11,7 @@ from jax.core import Tracer
 from adam_jax._checks import check_bool
 from adam_jax._numerics import as_count
 from adam_jax._ownership import is_placeholder, path_name
+from adam_jax.basis import InBasisState
 from adam_jax.correction import MixSlowMomentState, RunningMaxState
 from adam_jax.moments import ScaleByMomentsState
 from adam_jax.storage._codes import Blocks
@@ -85,17 +86,18 @@ def from_optax(
     check_bool("start_missing", start_missing)
     state = _unboxed(state, params)
     kept = [node for node in _nodes(state) if _moments(node)]
-    if not kept:
+    due = [node for node in _nodes(jax.eval_shape(tx.init, params)) if _is_due(node)]
+    counted = kept or [node for node in _nodes(state) if not due and _count(node) is not None]
+    if not counted:
         raise TypeError(
             f"from_optax takes a state with the NamedTuple of an Adam in it, that has count, mu "
             f"and nu, and found none in this {type(state).__name__}."
         )
-    due = [node for node in _nodes(jax.eval_shape(tx.init, params)) if _is_due(node)]
     _check_names(kept, due, start_missing)
     _check_meaning(kept, due, of, tx, params)
-    new = _started(tx, params, kept, due, of)
+    new = _started(tx, params, kept, of)
     injected = dict(_hyperparams(new, state))
-    aged = _aged(tx, params, _count(kept[0]), injected)
+    aged = _aged(tx, params, _count(counted[0]), injected)
     _check_counts([*kept, *(node for node in _nodes(aged) if _moments(node))])
     values = {**dict(_simulated(aged)), **dict(_of_other_stages(new, state)), **injected}
     values.update(_weights(new, kept))
@@ -223,8 +225,8 @@ def _listed(names: set[str]) -> str:
 def _check_meaning(kept: list[_Node], due: list[_Node], of: Of, tx: Any, params: Any) -> None:
     """`mu` and `nu` must mean the same there and here."""
     foreign = _together([node for node in kept if not _is_own(node)])
-    there = set() if of == "adopt" else foreign
-    there |= _together([node for node in kept if _is_own(node)])
+    own = _together([node for node in kept if _is_own(node)])
+    there = own if of == "adopt" else own | foreign
     here, given = _together(due), _names_by_key(kept)
     both = given.get(_MU, set()) & given.get(_NU, set())
     if both & here - there:
@@ -288,7 +290,7 @@ def _check_counts(nodes: list[_Node]) -> None:
 # --- The new state --------------------------------------------------------------------------------
 
 
-def _started(tx: Any, params: Any, kept: list[_Node], due: list[_Node], of: Of) -> Any:
+def _started(tx: Any, params: Any, kept: list[_Node], of: Of) -> Any:
     """A state that `tx` makes with moments that start from those of the old one."""
     starts: dict[Key, dict[str, Any]] = {}
     for node in kept:
@@ -336,7 +338,18 @@ def _aged(tx: Any, params: Any, count: Any, injected: dict[tuple, Any]) -> Any:
     @jax.jit
     def steps(count):
         start = _with_values(tx.init(empty), injected)
-        return jax.lax.fori_loop(0, count, lambda _, state: _step(tx, empty, state), start)
+        state = jax.lax.fori_loop(0, count, lambda _, state: _step(tx, empty, state), start)
+        inside = [
+            n
+            for node in _nodes(state)
+            if isinstance(node.tree, InBasisState)
+            for n in _nodes(node.tree)
+        ]
+        counts = [_count(node) for node in inside if _moments(node)]
+        if not counts:
+            return state
+        # A basis that follows the gradients takes a step to start.
+        return jax.lax.cond(counts[0] < count, lambda s: _step(tx, empty, s), lambda s: s, state)
 
     return steps(as_count(count))
 
@@ -354,7 +367,8 @@ def _of_other_stages(new: Any, state: Any) -> Iterator[tuple[tuple, Any]]:
 
     The fields tell the kind, also of the dicts that a checkpoint restores.
     """
-    here, there = _by_kind(new), _by_kind(state)
+    here = _by_kind(node for node in _nodes(new) if _is_named(node.tree))
+    there = _by_kind(_nodes(state))
     for kind, nodes in here.items():
         if len(nodes) != len(there.get(kind, ())) or "hyperparams" in kind:
             continue
@@ -367,9 +381,9 @@ def _of_other_stages(new: Any, state: Any) -> Iterator[tuple[tuple, Any]]:
                     yield node.path + path, arrays[name]
 
 
-def _by_kind(state: Any) -> dict[frozenset[str], list[_Node]]:
+def _by_kind(nodes: Iterable[_Node]) -> dict[frozenset[str], list[_Node]]:
     kinds: dict[frozenset[str], list[_Node]] = {}
-    for node in _nodes(state):
+    for node in nodes:
         if not _moments(node):
             kinds.setdefault(frozenset(node.fields), []).append(node)
     return kinds
@@ -404,27 +418,30 @@ def _weights(new: Any, kept: list[_Node]) -> Iterator[tuple[tuple, Any]]:
         for node in kept
         for key, column in _columns(node).items()
     ]
-    for node in filter(_is_due, _nodes(new)):
+    for node in _nodes(new):
+        if not isinstance(node.tree, ScaleByMomentsState):
+            continue
         found = [
-            next((column for other, old, column in columns if other == key and old & names), None)
-            for key, names in ((key, _names(tree)) for key, tree in _moments(node).items())
+            next(
+                (column for of, names, column in columns if of == key and names & _names(tree)),
+                None,
+            )
+            for key, tree in _moments(node).items()
         ]
-        if isinstance(node.tree, ScaleByMomentsState) and all(c is not None for c in found):
-            yield (*node.path, jax.tree_util.GetAttrKey("weights")), jnp.stack(found, axis=1)
+        known = [column for column in found if column is not None]
+        if len(known) == len(found):
+            yield (*node.path, jax.tree_util.GetAttrKey("weights")), jnp.stack(known, axis=1)
 
 
 def _columns(node: _Node) -> dict[Key, Any]:
-    """The four numbers of each moment; adam_jax 0.1.0 had them one by one."""
+    """The weights of each moment. What adam_jax 0.1.0 had one by one is a column now."""
     weights, keys = node.fields.get("weights"), [key for key in (_MU, _NU) if key in _moments(node)]
     if weights is not None:
         return dict(zip(keys, jnp.asarray(weights).T, strict=True))
-    columns = {}
-    for key in keys:
-        weight = node.fields.get(f"{key[1]}_weight")
-        if weight is not None:
-            fields = weight._asdict() if _is_named(weight) else weight
-            columns[key] = jnp.stack([fields[f] for f in ("value", "error", "age", "decay")])
-    return columns
+    old = {key: node.fields.get(f"{key[1]}_weight") for key in keys}
+    fields = {key: w._asdict() if _is_named(w) else w for key, w in old.items() if w is not None}
+    rows = "value", "ahead", "error", "age", "decay"
+    return {key: jnp.stack([weight[row] for row in rows]) for key, weight in fields.items()}
 
 
 def _parts(new: Any, kept: list[_Node]) -> Iterator[tuple[tuple, Any]]:
@@ -446,14 +463,16 @@ def _parts(new: Any, kept: list[_Node]) -> Iterator[tuple[tuple, Any]]:
                 if name not in names:
                     continue
                 old = arrays.get(f"{part}/{name}" if name else part)
-                absent = old is None or is_placeholder(old)
-                if absent != is_placeholder(leaf) or not (absent or old.shape == leaf.shape):
+                if old is None or is_placeholder(old):
+                    fits = is_placeholder(leaf)
+                else:
+                    fits = not is_placeholder(leaf) and jnp.shape(old) == jnp.shape(leaf)
+                    yield start + path, old
+                if not fits:
                     raise ValueError(
                         f"The state keeps {field} of the parameter at {name!r} in parts, and not "
                         f"as tx does: give tx the storage that the state was made with."
                     )
-                if not absent:
-                    yield start + path, old
 
 
 def _unboxed(state: Any, params: Any) -> Any:
