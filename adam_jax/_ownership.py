@@ -13,11 +13,12 @@ def owners(state: Any, params: Any) -> Any:
     """For every array of a state the number of the parameter that it belongs to, or NONE.
 
     A state holds trees like the parameters, which may lack some: the path of a part ends in the
-    path of its parameter, and beside it are only parts of other parameters. (So a field `count` is
-    none, though there be a parameter of that name.) Placeholders belong to none.
+    path of its parameter, and beside it are only parts of other parameters. (So a field `weights`
+    is none, though there be a parameter of that name.) Placeholders and scalar integers belong to
+    none.
 
-    Parameters that are one array have no paths. Then a part is theirs unless it is a scalar beside
-    an array, an integer of more than 8 bits, or in one of the fields NOT_OF_ONE_ARRAY.
+    Parameters that are one array have no paths. Then a part is theirs unless it is a scalar and the
+    parameter is none, an integer of more than 8 bits, or in one of the fields NOT_OF_ONE_ARRAY.
 
     Args:
       state: a tree of arrays, or of their shapes and dtypes.
@@ -34,7 +35,9 @@ def owners(state: Any, params: Any) -> Any:
     others = {path[:i] for path in paths for i in range(len(path) + 1) if path[i:] not in numbers}
 
     def owner(path, part):
-        if is_placeholder(part) or (() in leaves and not _is_of(leaves[()], path, part)):
+        if is_placeholder(part) or _is_count(part):
+            return NONE
+        if () in leaves and not _is_of(leaves[()], path, part):
             return NONE
         ends = (path[i:] for i in range(len(path) + 1) if path[:i] not in others)
         return next((numbers[end] for end in ends if end in numbers), NONE)
@@ -56,6 +59,10 @@ def _is_of(array: Any, path: tuple, part: Any) -> bool:
     return (
         numeric and bool(jnp.ndim(part)) == bool(jnp.ndim(array)) and not names & NOT_OF_ONE_ARRAY
     )
+
+
+def _is_count(part: Any) -> bool:
+    return jnp.ndim(part) == 0 and jnp.issubdtype(jnp.result_type(part), jnp.integer)
 
 
 def is_placeholder(part: Any) -> bool:

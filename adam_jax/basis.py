@@ -312,8 +312,8 @@ def _check_shapes(updates: Any, sides: list[Sides | None]) -> None:
             if side is None:
                 continue
             *batch, length, _ = jnp.shape(side)
-            *front, m, n = jnp.shape(grad) if jnp.ndim(grad) > 1 else (0, 0)
-            if (m, n)[axis] != length or (batch and batch != front):
+            *front, m, n = jnp.shape(grad) if jnp.ndim(grad) > 1 else (None, None, None)
+            if (m, n)[axis] != length or batch != front:
                 raise ValueError(
                     f"in_basis got a gradient of shape {jnp.shape(grad)} for the leaf{at(path)}, "
                     f"whose axis {axis} had length {length} in init(). {_REMEDY}"
