@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adam_jax._checks import check_dtype, kind
 from adam_jax._numerics import accumulator, is_complex, real
-from adam_jax._ownership import at, leaves_by_path, path_name
+from adam_jax._ownership import at, leaves_by_path, path_name, placeholder
 from adam_jax._random import random_bits
 from adam_jax.sharding import as_param
 
@@ -127,7 +127,7 @@ def only_first(dtype: Any) -> str | None:
 
 
 # What moments start from while `from_optax` makes a state, by stage and moment, and by the path of
-# the parameter. An `init` takes the parameters and nothing else.
+# the parameter; others start as ever. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
 
 
@@ -184,14 +184,17 @@ class Slot(NamedTuple):
         leaves, structure = self._leaves(params, 0)
 
         def stored(leaf, param):
-            start, parts = self._start(leaf, value), [None] * len(self._names)
+            start = self._start(leaf, value)
+            parts: list[Any] = [None] * len(self._names)
             if self.storage.fits(leaf):
                 # Unless it is kept from knowing the value, XLA works out the codes in compilation.
                 start = jax.lax.optimization_barrier(jnp.asarray(start, leaf.dtype))
                 parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
             else:
                 parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
-            return [as_param(_placeholder(leaf) if x is None else x, param) for x in parts]
+            return [
+                as_param(placeholder(leaf.shape) if x is None else x, param) for x in parts
+            ]
 
         return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
 
@@ -244,15 +247,13 @@ class Slot(NamedTuple):
         return leaves, structure
 
     def _start(self, leaf: Leaf, value: float) -> Any:
-        starts = STARTS.get({}).get((self.stage, self.moment))
-        if starts is None:
+        start = STARTS.get({}).get((self.stage, self.moment), {}).get(leaf.path)
+        if start is None:
             return value
-        start = starts.pop(leaf.path, None)
-        if start is None or jnp.shape(start) != leaf.shape:
-            was = "none" if start is None else f"one of shape {jnp.shape(start)}"
+        if jnp.shape(start) != leaf.shape:
             raise ValueError(
                 f"{self.stage} needs a {self.moment} of shape {leaf.shape} for the parameter at "
-                f"{leaf.path!r}, and the state has {was}."
+                f"{leaf.path!r}, and the state has one of shape {jnp.shape(start)}."
             )
         return jnp.array(start)  # a copy, that may be donated
 
@@ -341,10 +342,10 @@ class Slot(NamedTuple):
             if kind(part) != kind(None) and part.dtype.kind != "b"
         )
         moment = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        due: list[Any] = [*[_placeholder(leaf)] * (len(self._names) - 1), moment]
+        due: list[Any] = [*[placeholder(leaf.shape)] * (len(self._names) - 1), moment]
         if self.storage.fits(leaf):
             saved = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
-            due = [_placeholder(leaf) if part is None else part for part in saved]
+            due = [placeholder(leaf.shape) if part is None else part for part in saved]
         return ValueError(
             f"{self.stage} got gradients that do not match its state: of the leaf at {leaf.path!r} "
             f"the state keeps {self.moment} as {described(parts)}, and for a gradient of shape "
@@ -357,12 +358,3 @@ _REMEDY = (
     "Give the storage that the state was made with, and gradients shaped like the parameters of "
     "init(); or make the state anew with init()."
 )
-
-
-def _placeholder(leaf: Leaf) -> jax.Array:
-    """For a part that a leaf does not have: False.
-
-    A spec of the leaf fits it on meshes whose axes have up to 64 devices, and checkpoints keep it,
-    which neither None nor an array without elements allows.
-    """
-    return jnp.zeros([math.gcd(length, 64) if length else 1 for length in leaf.shape], bool)
