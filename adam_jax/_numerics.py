@@ -8,6 +8,8 @@ import optax
 
 Scalar = jax.Array | float
 
+SMALL = 4096  # elements: a leaf with fewer saves nothing worth rounding it, or a kernel of its own
+
 
 def as_count(count: Any) -> jax.Array:
     """An integer, also where a state was cast to floats, or its count set to a Python number."""

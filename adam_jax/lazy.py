@@ -164,15 +164,14 @@ def _follow(equation: Equation, owner: dict[Value, int]) -> None:
 
 def _is_local(equation: Equation) -> bool:
     """Whether it keeps rows apart."""
-    if equation.own:
-        name, *integers = equation.own
-        return name == "positions" or integers[0] != "0"  # the axis that blocks lie along
+    if equation.tile_operation:
+        return equation.params.get("axis") != 0  # the axis that blocks lie along
     return equation.elementwise
 
 
 def _refuse(equation: Equation) -> NoReturn:
     stage = equation.stage
-    if equation.own:
+    if equation.tile_operation:
         stage = "a storage in blocks, int8 or int4,"
     elif stage == "lazy":  # the function that has the equation was made by no stage
         stage = "a stage"

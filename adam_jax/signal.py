@@ -172,7 +172,7 @@ def stateless(
         del params, extra_args
         return map_moments(stage, inside, updates), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(_no_state, named_after(stage, update_fn))
 
 
 def to_updates(
@@ -197,7 +197,14 @@ def to_updates(
         del extra_args
         return map_moments(stage, inside, updates, params_of(updates, params)), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(_no_state, named_after(stage, update_fn))
+
+
+def named_after(stage: str, update_fn: Any) -> Any:
+    """Tracebacks, which JAX keeps of every equation, then name the stage (`fusion._graph`)."""
+    qualname = f"{stage}.<locals>.update_fn"
+    update_fn.__code__ = update_fn.__code__.replace(co_qualname=qualname)
+    return update_fn
 
 
 def _no_state(params):

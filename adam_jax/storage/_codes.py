@@ -134,12 +134,12 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
         else:
             root = jnp.where(valid, jnp.maximum(root, 1), most)
         codes = (root - first[leaf.moment]).astype(dtype[leaf.moment])
-        return Blocks(codes if bits == 8 else _tiles.packed(codes, axis, bits), scales)
+        return Blocks(codes if bits == 8 else _tiles.packed(codes, axis, 8 // bits), scales)
 
     def load(stored, leaf):
         axis, codes = axis_of(leaf), stored.codes
         if bits < 8:
-            codes = _tiles.unpacked(codes, axis, bits, leaf.shape[axis])
+            codes = _tiles.unpacked(codes, axis, 8 // bits, leaf.shape[axis])
         root = codes.astype(jnp.float32) + first[leaf.moment]
         if leaf.moment == "mu":
             root = jnp.where(root == not_a_number, jnp.nan, root)
