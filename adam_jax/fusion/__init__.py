@@ -1,10 +1,10 @@
 """A chain as one kernel for each large leaf, on a GPU and a TPU.
 
-    _graph      the equations of a step, read from its jaxpr
-    _tiles      operations on blocks, each with a form for a leaf and a form for a tile
-    _program    which equations belong into which kernel
-    _kernel     the kernel of a leaf, in Pallas
-    _shards     the kernels of a sharded leaf
+_graph      the equations of a step, read from its jaxpr
+_tiles      operations on blocks, each with a form for a leaf and a form for a tile
+_program    which equations belong into which kernel
+_kernel     the kernel of a leaf, in Pallas
+_shards     the kernels of a sharded leaf
 """
 
 import functools
