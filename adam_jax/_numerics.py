@@ -10,6 +10,8 @@ import optax
 Scalar: TypeAlias = jax.Array | float
 Rate: TypeAlias = Scalar | Callable[[jax.Array], Any]  # or a schedule from the steps taken so far
 
+SMALL = 4096  # elements: a leaf with fewer saves nothing worth rounding it, or a kernel of its own
+
 
 def as_count(count: Any) -> jax.Array:
     """An integer, also where a state was cast to floats, or its count set to a Python number."""

@@ -1,4 +1,4 @@
-"""Random bits, and rounding by hand: up to the next number of a dtype, or up or down at random."""
+"""Random bits for every element of an array, and stochastic rounding with them."""
 
 import zlib
 from typing import Any
@@ -11,25 +11,25 @@ from adam_jax.fusion._tiles import positions
 
 
 def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -> jax.Array:
-    """32 random bits for every element of `like`, laid out on the devices as `like` is.
+    """32 random bits for every element of `like`, sharded as `like` is.
 
-    They are a hash of the seed, the name of what is rounded, the leaf's index in its tree, the step
-    and the element's position. Each element makes its own, so a sharded leaf gets the bits of a
-    whole one. (jax.random has that too, for the price of the whole step fifteen times over:
-    threefry is made to withstand attacks.)
+    The bits are a hash of the seed, the name of what is rounded, the leaf's index in its tree, the
+    step count and the element's position. Each element computes its own, so they do not depend on
+    the sharding. (Those of jax.random do not either, but threefry is made to withstand attacks, and
+    takes fifteen times as long as the whole step.)
     """
     key = 0
     for part in (seed, zlib.crc32(name.encode()), index, count):
         part = part % 2**32 if isinstance(part, int) else part.astype(jnp.uint32)
-        key = _hash(_sum(key, part, 0x9E3779B9))  # 0 is hashed to 0, so not from there
+        key = _hash(_sum(key, part, 0x9E3779B9))  # a constant is added, because 0 is hashed to 0
     return _hash(positions(like) + jnp.asarray(key, jnp.uint32))
 
 
 def _hash(x: Any) -> Any:
-    """A permutation of the 32-bit numbers in which every bit of the result depends on all of x.
+    """A permutation of the 32-bit integers; every bit of the result depends on every bit of x.
 
-    Of a Python number it is one, so that what is known is not computed while tracing. The constants
-    are Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
+    A Python integer gives a Python integer, so that what is known while tracing needs no equations.
+    The constants are those of Wellons's "lowbias32" (nullprogram.com/blog/2018/07/31).
     """
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = x ^ (x >> shift)
@@ -38,29 +38,30 @@ def _hash(x: Any) -> Any:
 
 
 def _sum(*terms: Any) -> Any:
-    """The sum of 32-bit numbers, without its carry."""
+    """The sum of integers modulo 2**32: a Python integer if all are."""
     known = sum(term for term in terms if isinstance(term, int)) % 2**32
     arrays = [term for term in terms if not isinstance(term, int)]
     return sum(arrays, start=jnp.uint32(known)) if arrays else known
 
 
 def uniform(bits: jax.Array) -> jax.Array:
-    """Random numbers in [0, 1) of random bits: all multiples of 2**-24."""
+    """Random numbers in [0, 1), multiples of 2**-24, made of random bits."""
     return (bits >> 8).astype(jnp.float32) * 2.0**-24
 
 
 def rounded_at_random(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """One of the two numbers of the dtype around the float32 `x`, so that the mean is `x`.
+    """The float32 `x` rounded up or down at random to a number of the dtype, with `x` as the mean.
 
-    A carry out of the bits that are dropped leads to the next larger magnitude, and random bits
-    added to them carry as often as they should.
+    Random bits are added to the bits that the dtype drops. A carry out of those makes the next
+    larger magnitude, with the probability that makes the result unbiased.
     """
     info = jnp.finfo(dtype)
     dropped = np.uint32(2 ** (23 - info.nmant) - 1)
-    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((raw + (bits & dropped)) & ~dropped, jnp.float32)
-    if info.nexp < 8:  # below its normal numbers the dtype is evenly spaced, float32 is not
-        step = float(info.smallest_subnormal)
-        even = jnp.floor(x / step + uniform(bits)) * step
-        rounded = jnp.where(jnp.abs(x) < float(info.smallest_normal), even, rounded)
+    bits_of_x = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    carried = (bits_of_x + (bits & dropped)) & ~dropped
+    rounded = jax.lax.bitcast_convert_type(carried, jnp.float32)
+    if info.nexp < 8:  # the subnormal numbers of the dtype, evenly spaced, are normal in float32
+        spacing = float(info.smallest_subnormal)
+        subnormal = jnp.floor(x / spacing + uniform(bits)) * spacing
+        rounded = jnp.where(jnp.abs(x) < float(info.smallest_normal), subnormal, rounded)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)

@@ -1,18 +1,18 @@
 """The end of a chain on low-precision parameters: how an update lands on them.
 
-With bfloat16 parameters an update of 1e-3 at a weight of 1 is lost: the next number is 1.0078.
-These stages compute the new parameter in float32, round it themselves to some :math:`q`, and emit
-:math:`q - p` in float32. That difference is exact, so plain `optax.apply_updates` lands on
-:math:`q`. Parameters of at least 32 bits pass through untouched.
+A bfloat16 weight of 1 plus an update of 1e-3 is 1: the next larger number is 1.0078. These stages
+compute the new parameter in float32, round it to a number :math:`q` of the parameter's dtype, and
+emit :math:`q - p` in float32. That difference is exact, so plain `optax.apply_updates` gives
+:math:`q`. Updates of parameters of at least 32 bits pass through unchanged.
 
 The update is in float32 because in bfloat16 the difference is not always exact (from 1 to -0.001,
-say). So two things that expect it in the parameters' dtype need care:
+say). Two kinds of callers expect it in the parameter's dtype:
 
 - Wrappers that choose between an update and none (`optax.apply_if_finite`,
-  `optax.conditionally_transform`) go around the optimizer, before the rounding:
+  `optax.conditionally_transform`). They go around the optimizer, before the rounding:
   ``optax.chain(optax.apply_if_finite(adam_jax.adamw(1e-3), 3), adam_jax.compensate())``.
-- `equinox.apply_updates` adds without casting back and would leave float32 weights. Apply the
-  updates to the arrays with `optax.apply_updates`::
+- `equinox.apply_updates`, which adds without casting back: the weights would become float32. Apply
+  the updates to the arrays with `optax.apply_updates`::
 
       arrays, rest = eqx.partition(model, eqx.is_inexact_array)
       updates, state = tx.update(grads, state, arrays)
@@ -39,15 +39,15 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     .. math:: q = \lfloor p + u \rfloor \text{ or } \lceil p + u \rceil, \qquad E[q] = p + u
 
-    The random bits are a function of the seed, the step count and the leaf's index in the tree:
-    the same run gives the same bits, on one device or on many.
+    The random bits are a function of the seed, the step count and the leaf's index in the tree, so
+    a run can be repeated, on one device or on many.
 
     Args:
-      seed: an integer that starts the random bits. Default 0.
+      seed: an integer, the seed of the random bits. Default 0.
 
     Returns:
-      A gradient transformation from updates to updates, with a `CountState`, for the
-      end of a chain; `update` needs `params`.
+      A gradient transformation from updates to updates, with a `CountState`, for the end of a
+      chain; `update` needs `params`.
 
     Raises:
       TypeError: if `seed` is not an integer; in `init`, if a parameter has fewer than 16 bits; in
@@ -84,7 +84,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
                 return update
             exact = _wide(param) + _wide(update)
             bits = random_bits(seed, "param", index, count, exact)
-            return _landing(param, rounded_at_random(exact, param.dtype, bits))
+            return _update_to(rounded_at_random(exact, param.dtype, bits), param)
 
         updates = map_updates("round_stochastically", rounded, updates, params, indices)
         return updates, CountState(increment(count, draws=True))
@@ -96,8 +96,8 @@ class CompensateState(NamedTuple):
     """The state of `compensate`.
 
     Attributes:
-      residual: what the parameters are short of their exact values, a tree shaped like the
-        low-precision parameters; None in the place of the others.
+      residual: the exact values minus the parameters, a tree shaped like the parameters; None for
+        parameters of at least 32 bits.
     """
 
     residual: optax.Params
@@ -106,14 +106,14 @@ class CompensateState(NamedTuple):
 def compensate(
     residual: Literal["bfloat16", "int8"] = "bfloat16",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keep what rounding took from the parameter, and add it to the next update.
+    r"""Keep the rounding error of every parameter, and add it to the next update.
 
     .. math:: q_t = \operatorname{round}(p_{t-1} + r_{t-1} + u_t), \qquad
               r_t = p_{t-1} + r_{t-1} + u_t - q_t
 
     Args:
-      residual: how to keep :math:`r`: "bfloat16" in two bytes a parameter, or "int8" in one, as a
-        multiple of 1/254 of the spacing of the numbers at the parameter. Default "bfloat16".
+      residual: how to keep :math:`r`: "bfloat16" takes two bytes per parameter. "int8" takes one,
+        and counts 1/254 of the distance from the parameter to the next number. Default "bfloat16".
 
     Returns:
       A gradient transformation from updates to updates, with a `CompensateState`, for the end of a
@@ -144,43 +144,44 @@ def compensate(
 
     def init_fn(params):
         _check_params("compensate", params)
-        kept = lambda p: jnp.zeros_like(p, dtype=residual) if _is_low(p) else None  # noqa: E731
-        return CompensateState(jax.tree.map(kept, params))
+        zero = lambda p: jnp.zeros_like(p, dtype=residual) if _is_low(p) else None  # noqa: E731
+        return CompensateState(jax.tree.map(zero, params))
 
-    def save(short, param):
+    def save(error, param):
         if residual == "bfloat16":
-            return short.astype(jnp.bfloat16)
-        return jnp.round(short / _spacing(param) * 254).astype(jnp.int8)
+            return error.astype(jnp.bfloat16)
+        return jnp.round(error / _spacing(param) * 254).astype(jnp.int8)
 
-    def load(kept, param):
+    def load(saved, param):
         if residual == "bfloat16":
-            return kept.astype(jnp.float32)
-        return kept.astype(jnp.float32) / 254 * _spacing(param)
+            return _wide(saved)
+        return _wide(saved) / 254 * _spacing(param)
+
+    def exact(update, param, saved):
+        # In this order, because the update and the residual are small beside the parameter.
+        return _wide(param) + (_wide(update) + load(saved, param))
+
+    def rounded_update(update, param, saved):
+        if saved is None:
+            return update
+        return _update_to(exact(update, param, saved).astype(param.dtype), param)
+
+    def next_residual(update, param, saved):
+        if saved is None:
+            return None
+        new_exact = exact(update, param, saved)
+        new = new_exact.astype(param.dtype)
+        error = new_exact - _wide(new)
+        # Where the parameter overflows it is infinite itself, and no error is kept.
+        return save(jnp.where(jnp.isfinite(error), error, 0.0), new)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-
-        def exact(update, param, kept):
-            # In this order: the update and the residual are of like size, the parameter is not.
-            return _wide(param) + (update.astype(jnp.float32) + load(kept, param))
-
-        def landing(update, param, kept):
-            if kept is None:
-                return update
-            return _landing(param, exact(update, param, kept).astype(param.dtype))
-
-        def left(update, param, kept):
-            if kept is None:
-                return None
-            whole = exact(update, param, kept)
-            new = whole.astype(param.dtype)
-            return save(_finite(whole - _wide(new)), new)
-
         _check_updates("compensate", updates, params)
         _check_residual(state.residual, params)
         trees = updates, params, state.residual
-        rounded = map_updates("compensate", landing, *trees)
-        return rounded, CompensateState(map_updates("compensate", left, *trees))
+        rounded = map_updates("compensate", rounded_update, *trees)
+        return rounded, CompensateState(map_updates("compensate", next_residual, *trees))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -189,6 +190,7 @@ def compensate(
 
 
 def _is_low(param: Any) -> bool:
+    """Whether it is of a floating-point dtype of fewer than 32 bits."""
     dtype = jnp.result_type(param)
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
@@ -198,9 +200,9 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _spacing(x: jax.Array) -> jax.Array:
-    """The distance from one number of `x`'s dtype to the next, at the size of `x`, in float32.
+    """The distance from `x` to the next number of its dtype, in float32.
 
-    It is at least a normal number of float32, because XLA takes others for 0.
+    At least the smallest normal number of float32, because XLA flushes smaller ones to 0.
     """
     info = jnp.finfo(x.dtype)
     least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))
@@ -210,13 +212,8 @@ def _spacing(x: jax.Array) -> jax.Array:
     return jnp.maximum(power * 2.0**-info.nmant, least)
 
 
-def _finite(x: jax.Array) -> jax.Array:
-    """Nothing is kept of an overflow: the parameter itself shows it."""
-    return jnp.where(jnp.isfinite(x), x, 0.0)
-
-
-def _landing(param: jax.Array, new: jax.Array) -> jax.Array:
-    """The update that leads from `param` to `new`: -0 for none, which leaves -0 and infinity be."""
+def _update_to(new: jax.Array, param: jax.Array) -> jax.Array:
+    """The update from `param` to `new`. No update is -0: -0 + -0 is -0, and infinity stays."""
     return jnp.where(new == param, -0.0, _wide(new) - _wide(param))
 
 
@@ -237,15 +234,15 @@ def _check_updates(stage: str, updates: optax.Updates, params: optax.Params | No
     check_match(stage, params, updates)
 
 
-def _check_residual(residual: Any, params: Any) -> None:
-    """A residual belongs to a low-precision parameter of its shape."""
-    kept = leaves_by_path(residual)
+def _check_residual(residuals: Any, params: Any) -> None:
+    """Low-precision parameters have a residual of their shape, the others have none."""
+    residual_at = leaves_by_path(residuals)
     for path, param in leaves_by_path(params).items():
-        was = kept.get(path, NOTHING)
-        now: Any = param if param is not None and _is_low(param) else None
-        if kind(was) != kind(now):
+        residual = residual_at.get(path, NOTHING)
+        needs_one = param is not None and _is_low(param)
+        if kind(residual) != kind(param if needs_one else None):
             raise ValueError(
                 f"compensate got a parameter{at(path)} that is {jnp.result_type(param)} of shape "
-                f"{getattr(param, 'shape', ())}, and a residual that is {kind(was)}: the state was "
-                f"made for other parameters. Make it anew with init()."
+                f"{getattr(param, 'shape', ())}, and a residual that is {kind(residual)}: the "
+                f"state was made for other parameters. Make it anew with init()."
             )

@@ -175,9 +175,10 @@ def stateless(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        return map_moments(stage, inside, updates), state
+        with jax.named_scope(stage):
+            return map_moments(stage, inside, updates), state
 
-    return optax.GradientTransformationExtraArgs(no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def to_updates(
@@ -200,11 +201,7 @@ def to_updates(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        return map_moments(stage, inside, updates, params_of(updates, params)), state
+        with jax.named_scope(stage):
+            return map_moments(stage, inside, updates, params_of(updates, params)), state
 
-    return optax.GradientTransformationExtraArgs(no_state, update_fn)
-
-
-def no_state(params):
-    del params
-    return optax.EmptyState()
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

@@ -1,8 +1,8 @@
 r"""Several losses: one gradient out of the gradients of many tasks.
 
-Gradients :math:`g_1, \dots, g_k` of k losses are a tree like the parameters whose leaves have one
-more axis in front, that of the tasks: what `jax.jacrev` of the vector of losses gives. A stage of
-this module makes one gradient of them,
+The gradients :math:`g_1, \dots, g_k` of k losses are a tree like the parameters, whose leaves have
+one more axis in front, the axis of tasks: what `jax.jacrev` of the vector of losses gives. A stage
+of this module makes one gradient of them,
 
 .. math:: d = \sum_i w_i g_i
 
@@ -13,20 +13,24 @@ and any chain follows::
     state = tx.init(params)
     updates, state = tx.update(jax.jacrev(losses)(params), state, params)
 
-The methods differ in how they come from the inner products :math:`\langle g_i, g_j \rangle`, the
-k × k matrix that `gram` computes, to the k weights that `combine` takes; so can one of your own.
-All keep the size of a gradient: what k equal tasks give is the task.
+A method is a function from the inner products :math:`\langle g_i, g_j \rangle`, the k × k matrix
+that `gram` computes, to the k weights that `combine` takes. So one of your own needs only these
+two. All methods keep the size of a gradient: k equal tasks give the gradient of one.
 
-- A network with a head for each task is combined where it is shared, and each head gets the
-  gradient of its own task, by ``optax.partition({"shared": mgda(), "heads": weighted([1, 1])}, …)``
-  as the first stage.
-- Moments of each task, taken before the combination: `per_task`.
-- `optax.apply_if_finite`, `optax.MultiSteps` and others whose own state has the shape of the
-  parameters go around what follows: ``optax.chain(mgda(), optax.apply_if_finite(adam(1e-3), 3))``.
-- Sharded leaves: the inner products are those of the whole leaves, under `jax.jit` and inside
-  `jax.shard_map`, where the type of a leaf tells over which axes of the mesh it is split. (With
-  ``check_vma=False``, and so in `jax.pmap`, it does not, which is an error.)
-- Arithmetic is done in at least float32. The inner product of complex gradients is its real part.
+- With a head for each task, the parameters that the tasks share get the combined gradient, and each
+  head gets that of its own task, by ``optax.partition({"shared": mgda(), "heads": weighted([1,
+  1])}, …)`` as the first stage.
+- `per_task` takes the moments of each task before the combination.
+- `optax.apply_if_finite`, `optax.MultiSteps` and other wrappers whose own state has the shape of
+  the parameters go around the stages that follow: ``optax.chain(mgda(),
+  optax.apply_if_finite(adam(1e-3), 3))``.
+- Sharded leaves: the inner products are those of whole leaves, under `jax.jit` and inside
+  `jax.shard_map`, where the type of a leaf tells over which axes of the mesh it is sharded. (With
+  ``check_vma=False``, and so in `jax.pmap`, the type does not tell, which is an error.)
+- Arithmetic is in at least float32. The inner product of complex gradients is its real part.
+
+Every stage raises, in `update`, a ValueError that names the leaf if a gradient has no axis of
+tasks, and a TypeError if it gets `Moments`.
 """
 
 import functools
@@ -49,7 +53,7 @@ from adam_jax.optimizers import adam
 from adam_jax.signal import check_updates, params_of
 from adam_jax.updates import CountState
 
-# --- The two common parts: from gradients to their inner products, from weights to one gradient ---
+# --- From gradients to their inner products, and from weights to one gradient ---------------------
 
 
 def gram(grads: optax.Updates) -> jax.Array:
@@ -74,30 +78,30 @@ def gram(grads: optax.Updates) -> jax.Array:
     """
     leaves = jax.tree.leaves(grads)
     dtype = functools.reduce(wider, [real(accumulator(leaf.dtype)) for leaf in leaves])
-    return sum(_over_devices(once(_products, leaf), leaf).astype(dtype) for leaf in leaves)  # type: ignore
+    return sum(_over_shards(once(_products, leaf), leaf).astype(dtype) for leaf in leaves)  # type: ignore
 
 
 def _products(leaf: jax.Array) -> jax.Array:
-    """As a sum, which a device computes in full precision and wherever the leaf is split."""
+    """A sum, not a matrix product: in full precision on all devices, and for all shardings."""
     leaf = leaf.astype(accumulator(leaf.dtype))
     products = jnp.real(jnp.conj(leaf[:, None]) * leaf[None])
     return jnp.sum(products, axis=tuple(range(2, products.ndim)))
 
 
-def _over_devices(total: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Inside `jax.shard_map`: the sum over the devices that hold other parts of the leaf."""
+def _over_shards(products: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Inside `jax.shard_map`: the sum over all shards of the leaf."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    if manual and not _varies(jax.lax.axis_index(manual[0])):
+    if manual and not _varying_axes(jax.lax.axis_index(manual[0])):
         raise ValueError(
-            "The inner products of gradients need to know which leaves are split over devices: "
-            "give jax.shard_map check_vma=True, its default, or combine the tasks outside of it. "
-            "(jax.pmap is a shard_map without: use jax.jit or jax.shard_map in its place.)"
+            "The inner products of gradients need to know which leaves are sharded: give "
+            "jax.shard_map check_vma=True, its default, or combine the tasks outside of it. "
+            "(jax.pmap is a shard_map with check_vma=False: use jax.jit or jax.shard_map instead.)"
         )
-    axes = _varies(leaf)
-    return jax.lax.psum(total, axes) if axes else total
+    axes = _varying_axes(leaf)
+    return jax.lax.psum(products, axes) if axes else products
 
 
-def _varies(x: jax.Array) -> tuple[str, ...]:
+def _varying_axes(x: jax.Array) -> tuple[str, ...]:
     """The axes of the mesh along which devices hold different values, by the type of `x`."""
     kind: Any = jax.typeof(x)
     return tuple(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
@@ -111,7 +115,7 @@ def combine(grads: optax.Updates, weights: jax.Array, params: Any = None) -> opt
     Args:
       grads: a tree whose leaves have one leading axis of k tasks.
       weights: an array of k real numbers.
-      params: the parameters, whose dtype the result has where it is wider than the gradient's.
+      params: the parameters. Where one has a wider dtype than its gradient, so has the result.
 
     Returns:
       A tree like `grads` without the leading axis. The sum is computed in at least float32.
@@ -134,7 +138,7 @@ def combine(grads: optax.Updates, weights: jax.Array, params: Any = None) -> opt
 
 
 def _weighted_sum(leaf: jax.Array, weights: jax.Array) -> jax.Array:
-    """Task by task: XLA needs hundreds of times as long for a sum along the first axis on a CPU."""
+    """Added task by task: XLA's CPU backend takes hundreds of times as long for one reduction."""
     leaf = leaf.astype(accumulator(leaf.dtype))
     weights = weights.astype(leaf.dtype)
     return functools.reduce(operator.add, [weights[i] * leaf[i] for i in range(len(leaf))])
@@ -151,17 +155,17 @@ def weighted(
     .. math:: d = \sum_i w_i g_i
 
     Args:
-      weights: k finite numbers, or a schedule from the number of steps taken so far to k numbers.
-        Equal weights of 1/k give the mean. They may be negative.
+      weights: k finite numbers, which may be negative, or a schedule from the number of steps taken
+        so far to k numbers. Weights of 1/k give the mean.
 
     Returns:
       A gradient transformation from gradients with a leading axis of k tasks to one gradient, with
       a `CountState`.
 
     Raises:
-      ValueError: if the weights are not a vector of finite numbers; in `update`, if there are not
-        as many as tasks, or a gradient has no axis of tasks, naming the leaf.
-      TypeError: if they are not numbers; in `update`, if it gets `Moments`.
+      ValueError: if the weights are not a vector of finite numbers; in `update`, if there are more
+        or fewer weights than tasks.
+      TypeError: if the weights are not numbers.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -176,16 +180,16 @@ def weighted(
     if not callable(weights):
         weights = _check_weights(weights)
 
-    def weigh(grads, state, tasks, extra_args):
-        del grads, extra_args
+    def weigh(grads, state, tasks, losses):
+        del grads, losses
         count = as_count(state.count)
-        now = _check_weights(weights(count)) if callable(weights) else weights
-        if len(now) != tasks:
+        current = _check_weights(weights(count)) if callable(weights) else weights
+        if len(current) != tasks:
             raise ValueError(
-                f"weighted got {len(now)} weights for gradients of {tasks} tasks: give one for "
+                f"weighted got {len(current)} weights for gradients of {tasks} tasks: give one for "
                 f"each."
             )
-        return now, CountState(increment(count))
+        return current, CountState(increment(count))
 
     return _stage("weighted", weigh, CountState.zero)
 
@@ -215,22 +219,18 @@ def mgda() -> optax.GradientTransformationExtraArgs:
     .. math:: d = \sum_i w_i g_i, \qquad
               w = \arg\min \Big\{ \Big\| \sum_i w_i g_i \Big\| : w_i \ge 0, \sum_i w_i = 1 \Big\}
 
-    Every :math:`\langle g_i, d \rangle` is at least :math:`\|d\|^2`, and where no step descends for
-    all tasks the update is 0, even if the mean of the losses could still fall much. The smallest
-    gradients count most; `per_task` can bring all to one size before.
+    Every :math:`\langle g_i, d \rangle` is at least :math:`\|d\|^2`. Where no step descends for all
+    tasks the update is 0, even if the mean of the losses could still fall much. The smallest
+    gradients count most; `per_task` can bring all to one size first.
 
-    The point is exact but for rounding. Weight goes from one task to another, as much as shortens
-    the sum most (Frank and Wolfe's steps, in pairs), and then all that take part go where they have
-    equal inner products with the sum (Newton's step), or until a weight is 0: for two tasks one
-    step, for more a few, at most 1,000.
+    The minimum is exact up to rounding. A step moves weight from one task to another, as much as
+    shortens the sum most (a pairwise Frank-Wolfe step), and then goes towards the point where all
+    tasks of positive weight have equal inner products with the sum (a Newton step), until a weight
+    is 0. Two tasks take one step; more take a few, at most 1,000.
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks to one
       gradient.
-
-    Raises:
-      ValueError: in `update`, if a gradient has no axis of tasks, naming the leaf.
-      TypeError: in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -244,7 +244,9 @@ def mgda() -> optax.GradientTransformationExtraArgs:
     equation 3; the steps: Lacoste-Julien and Jaggi (arXiv 1511.05932), algorithm 2, with the pairs
     of Fan, Chen and Lin, "Working Set Selection Using Second Order Information" (JMLR 6, 2005).
     """
-    return _of_gram("mgda", lambda m: _on_simplex(m, jnp.zeros_like(m[0]), jnp.ones_like(m[0, 0])))
+    return _stage_of_gram(
+        "mgda", lambda m: _Cost(m, jnp.zeros_like(m[0]), jnp.ones_like(m[0, 0])).minimizer()
+    )
 
 
 def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraArgs:
@@ -258,9 +260,10 @@ def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraAr
     .. math:: d' = g_0 + c \frac{\|g_0\|}{\|g_w\|} g_w, \qquad
               w = \arg\min \langle g_w, g_0 \rangle + c \, \|g_0\| \|g_w\|
 
-    which is `mgda` with a linear term, and found as there. With c = 0 it is the mean; with c < 1 it
-    goes to a minimum of the mean of the losses; the larger c, the nearer to `mgda`. The worst task
-    descends at least as much as along :math:`g_0 / (1 + c)`.
+    which is the problem of `mgda` with a linear term, and is solved by the same steps. With c = 0
+    the direction is the mean. With c < 1 training ends at a minimum of the mean of the losses. The
+    larger c, the nearer to `mgda`. The worst task descends at least as much as along
+    :math:`g_0 / (1 + c)`.
 
     Args:
       c: the radius in units of the mean gradient, finite and at least 0: a number or a 0-d array.
@@ -268,12 +271,12 @@ def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraAr
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks to one
-      gradient. It is divided by 1 + c, as in the authors' code, so that equal tasks give the task.
+      gradient. The division by 1 + c is that of the authors' code, so that equal tasks give the
+      gradient of one.
 
     Raises:
-      ValueError: if `c` is negative, infinite, NaN or not a scalar; in `update`, if a gradient has
-        no axis of tasks, naming the leaf.
-      TypeError: if `c` is not a number; in `update`, if it gets `Moments`.
+      ValueError: if `c` is negative, infinite, NaN or not a scalar.
+      TypeError: if `c` is not a number.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -290,92 +293,118 @@ def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraAr
     def weigh(m):
         radius = scalar(c, m.dtype)
         mean = jnp.full_like(m[0], 1 / len(m))
-        along = _dot(m, mean)  # ⟨g_i, g_0⟩
-        most = radius * jnp.sqrt(jnp.maximum(_dot(mean, along), 0))
-        w = _on_simplex(m, along, most)
+        linear = _dot(m, mean)  # ⟨g_i, g_0⟩
+        slope = radius * jnp.sqrt(jnp.maximum(_dot(mean, linear), 0))
+        w = _Cost(m, linear, slope).minimizer()
         square = _dot(w, _dot(m, w))
-        known = square > _rounding(m) * _dot(w, _dot(jnp.abs(m), w))
-        share = jnp.where(known, safe_divide(most, jnp.sqrt(jnp.maximum(square, 0))), 0)
+        is_zero = square <= _rounding(m) * _dot(w, _dot(jnp.abs(m), w))
+        share = jnp.where(is_zero, 0, safe_divide(slope, jnp.sqrt(jnp.maximum(square, 0))))
         return (mean + share * w) / (1 + radius)
 
-    return _of_gram("cagrad", weigh)
+    return _stage_of_gram("cagrad", weigh)
 
 
-@jax.jit
-def _on_simplex(m: jax.Array, linear: jax.Array, slope: jax.Array) -> jax.Array:
-    r"""The w ≥ 0 of sum 1 with the least ⟨linear, w⟩ + slope · √⟨w, m w⟩.
+class _Cost(NamedTuple):
+    r"""The function f(w) = ⟨linear, w⟩ + slope · √⟨w, m w⟩, for w ≥ 0 of sum 1."""
 
-    In each step the task whose weight costs most gives weight to one whose weight costs less: the
-    one with which that gains most. With two tasks this line is all there is. With more, gradients
-    that are nearly parallel need many such steps, so a second line goes to where the tasks that
-    take part would cost the same, if the cost were quadratic, as that of `mgda` is.
-    """
+    m: jax.Array
+    linear: jax.Array
+    slope: jax.Array
 
-    def costs(w):
-        """The gradient by w times √⟨w, m w⟩, and what rounding may change of it."""
-        square, sizes = jnp.maximum(_dot(w, _dot(m, w)), 0), _rounding(m) * _dot(jnp.abs(m), w)
-        length, longer = jnp.sqrt(square), jnp.sqrt(square + _dot(w, sizes))
-        cost = length * linear + slope * _dot(m, w)
-        return cost, (longer - length) * jnp.abs(linear) + slope * sizes
+    @jax.jit
+    def minimizer(self) -> jax.Array:
+        """Where f is least.
 
-    def chosen(w):
-        """Who gives, who takes, and whether that gains more than rounding."""
-        cost, noise = costs(w)
-        giver = jnp.argmax(jnp.where(w > 0, cost, -jnp.inf))
-        gain = cost[giver] - cost
+        A step moves weight between two tasks. For two tasks one step is enough. For more, nearly
+        parallel gradients would need many such steps, so each is followed by a Newton step.
+        """
+        tasks = len(self.m)
+
+        def descends(carry):
+            _, (_, _, gains), count = carry
+            return gains & (count < 1000)
+
+        def step(carry):
+            w, (giver, taker, _), count = carry
+            w = self.least_on_line(w, jnp.zeros_like(w).at[taker].add(1).at[giver].add(-1))
+            if tasks > 2:
+                w = self.least_on_line(w, self.newton_direction(w))
+            return w, self.best_pair(w), count + 1
+
+        start = jnp.full_like(self.m[0], 1 / tasks)
+        w, *_ = jax.lax.while_loop(descends, step, (start, self.best_pair(start), 0))
+        return w / jnp.sum(w)
+
+    def derivatives(self, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The partial derivatives times √⟨w, m w⟩, and how much of each may be rounding."""
+        square = jnp.maximum(_dot(w, _dot(self.m, w)), 0)
+        noise = _rounding(self.m) * _dot(jnp.abs(self.m), w)
+        length, longest = jnp.sqrt(square), jnp.sqrt(square + _dot(w, noise))
+        derivatives = length * self.linear + self.slope * _dot(self.m, w)
+        return derivatives, (longest - length) * jnp.abs(self.linear) + self.slope * noise
+
+    def best_pair(self, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Which task gives weight to which, and whether f falls by more than rounding.
+
+        The giver is the task of positive weight with the largest partial derivative, the taker the
+        one for which f falls most, judged by its first two derivatives.
+        """
+        derivatives, noise = self.derivatives(w)
+        giver = jnp.argmax(jnp.where(w > 0, derivatives, -jnp.inf))
+        gain = derivatives[giver] - derivatives
         gain = jnp.where(gain > noise[giver] + noise, gain, 0)
-        sizes = jnp.diag(m) + m[giver, giver]
-        square = jnp.maximum(sizes - 2 * m[giver], _rounding(m) * sizes)
-        return giver, jnp.argmax(safe_divide(gain**2, square)), jnp.max(gain) > 0
+        squares = jnp.diag(self.m) + self.m[giver, giver]
+        distance = jnp.maximum(squares - 2 * self.m[giver], _rounding(self.m) * squares)
+        return giver, jnp.argmax(safe_divide(gain**2, distance)), jnp.max(gain) > 0
 
-    def along(w, line):
-        """To the least of a t + slope √(p t² + 2 q t + r): its derivative is 0 at p t + q = y."""
-        a, product = _dot(line, linear), _dot(m, line)
-        p, q, r = _dot(line, product), _dot(w, product), _dot(w, _dot(m, w))
-        room = slope**2 * p - a**2
+    def newton_direction(self, w: jax.Array) -> jax.Array:
+        """To where the derivatives of all positive weights would be equal, were f quadratic.
+
+        For `mgda` it is: its minimum is that of the square.
+        """
+        positive = (w > 0).astype(self.m.dtype)
+        face = jnp.diag(positive) - jnp.outer(positive, positive) / jnp.sum(positive)
+        curvature = self.slope * _dot(face, _dot(self.m, face))
+        derivatives, _ = self.derivatives(w)
+        return -_dot(jnp.linalg.pinv(curvature, hermitian=True), _dot(face, derivatives)) * positive
+
+    def least_on_line(self, w: jax.Array, line: jax.Array) -> jax.Array:
+        """Where f is least on w + t · line for t ≥ 0, up to where a weight becomes 0.
+
+        There f is a t + slope · √(p t² + 2 q t + r) and a constant. Its derivative is 0 where
+        p t + q = y, with y = -a √((p r - q²) / (slope² p - a²)).
+        """
+        a, product = _dot(line, self.linear), _dot(self.m, line)
+        p, q, r = _dot(line, product), _dot(w, product), _dot(w, _dot(self.m, w))
+        room = self.slope**2 * p - a**2
         y = -a * jnp.sqrt(safe_divide(jnp.maximum(p * r - q**2, 0), room))
         t = jnp.where((room > 0) & (p > 0), safe_divide(y - q, p), jnp.inf)
-        ends = jnp.where(line < 0, safe_divide(w, -line), jnp.inf)
-        t = jnp.clip(t, 0, jnp.minimum(jnp.min(ends), 10))  # 10, for a line that is rounding
-        return jnp.where(ends <= t, 0, w + t * line)
+        zero_at = jnp.where(line < 0, safe_divide(w, -line), jnp.inf)
+        t = jnp.clip(t, 0, jnp.minimum(jnp.min(zero_at), 10))  # at most 10: a line may be rounding
+        return jnp.where(zero_at <= t, 0, w + t * line)
 
-    def step(carry):
-        w, giver, taker, _, count = carry
-        w = along(w, jnp.zeros_like(w).at[taker].add(1).at[giver].add(-1))
-        if len(m) > 2:
-            part = (w > 0).astype(m.dtype)
-            face = jnp.diag(part) - jnp.outer(part, part) / jnp.sum(part)
-            curvature = slope * _dot(face, _dot(m, face))
-            line = -_dot(jnp.linalg.pinv(curvature, hermitian=True), _dot(face, costs(w)[0]))
-            w = along(w, line * part)
-        return w, *chosen(w), count + 1
 
-    start = jnp.full_like(m[0], 1 / len(m))
-    going = lambda carry: carry[3] & (carry[4] < 1000)  # noqa: E731
-    w = jax.lax.while_loop(going, step, (start, *chosen(start), 0))[0]
-    return w / jnp.sum(w)
+# --- Weights from projections and from eigenvectors -----------------------------------------------
 
 
 def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    r"""Take from each gradient what conflicts with another one, then the mean.
+    r"""Remove from each gradient its components that conflict with the others, then take the mean.
 
     .. math:: g_i' \leftarrow g_i' - \frac{\min(0, \langle g_i', g_j \rangle)}{\|g_j\|^2} g_j
               \text{ for all } j \ne i \text{ in random order}, \qquad d = \frac 1k \sum_i g_i'
 
-    With two tasks the step climbs for neither; with more it may. The order is a function of the
-    seed and the step count: the same run draws the same, on one device or on many.
+    With two tasks neither loss rises to first order; with more one may. The order is a function of
+    the seed and the step count, so a run can be repeated, on one device or on many.
 
     Args:
-      seed: an integer that starts the random order. Default 0.
+      seed: an integer, the seed of the random order. Default 0.
 
     Returns:
       A gradient transformation from gradients with a leading axis of tasks to one gradient, with a
-      `CountState`. It is the mean, where the paper takes the sum, so that equal tasks give the
-      task.
+      `CountState`. It is the mean, where the paper takes the sum.
 
     Raises:
-      TypeError: if `seed` is not an integer; in `update`, if it gets `Moments`.
-      ValueError: in `update`, if a gradient has no axis of tasks, naming the leaf.
+      TypeError: if `seed` is not an integer.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -388,50 +417,47 @@ def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     """
     seed = check_seed(seed)
 
-    def weigh(grads, state, tasks, extra_args):
-        del tasks, extra_args
+    def weigh(grads, state, *_):
         m = gram(grads)
         count = as_count(state.count)
         bits = random_bits(seed, "pcgrad", 0, count, m)
-        weights = jnp.mean(_surgery(m, jnp.argsort(bits, axis=1)), axis=0)
+        weights = jnp.mean(_projected(m, jnp.argsort(bits, axis=1)), axis=0)
         return weights, CountState(increment(count, draws=True))
 
     return _stage("pcgrad", weigh, CountState.zero)
 
 
 @jax.jit
-def _surgery(m: jax.Array, order: jax.Array) -> jax.Array:
-    """Row i: of which parts of all gradients gradient i is made, when it has met the others.
+def _projected(m: jax.Array, order: jax.Array) -> jax.Array:
+    """In row i the coefficients of all g_j in the projected g_i.
 
-    Row i of the order says when; that it meets itself changes nothing.
+    Row i of `order` is the order in which g_i is projected on the others; i itself is skipped.
     """
 
-    def meet(position, parts):
+    def project(position, coefficients):
         other = jax.nn.one_hot(order[:, position], len(m), dtype=m.dtype)
-        inner = jnp.sum(_dot(parts, m) * other, axis=1)
+        inner = jnp.sum(_dot(coefficients, m) * other, axis=1)
         conflict = jnp.where(jnp.diag(other) == 1, 0, jnp.minimum(inner, 0))
-        return parts - safe_divide(conflict, _dot(other, jnp.diag(m)))[:, None] * other
+        return coefficients - safe_divide(conflict, _dot(other, jnp.diag(m)))[:, None] * other
 
-    return jax.lax.fori_loop(0, len(m), meet, jnp.eye(len(m), dtype=m.dtype))
+    return jax.lax.fori_loop(0, len(m), project, jnp.eye(len(m), dtype=m.dtype))
 
 
 def aligned_mtl() -> optax.GradientTransformationExtraArgs:
-    r"""The mean of the nearest gradients that are orthogonal and of one length, the shortest.
+    r"""Whiten the gradients, all to the smallest singular value, and take the mean.
 
     .. math:: d = \frac 1k \sum_{ij} B_{ij} g_j, \qquad B = \sqrt{\lambda_{\min}} \, M^{-1/2}
 
-    with the inner products M, and their least eigenvalue that is not 0; on the space where it is 0,
-    :math:`M^{-1/2}` is 0. No direction counts more because more tasks, or larger ones, share it.
-    Nothing is promised of a single task, and near the change of a rank the length jumps: in float32
-    an eigenvalue below about k · 1e-7 of the largest is 0.
+    where M is the matrix of inner products and :math:`\lambda_{\min}` its smallest eigenvalue that
+    is not 0; :math:`M^{-1/2}` is 0 on the null space of M. The gradients :math:`\sum_j B_{ij} g_j`
+    are orthogonal and of one length, and no others of this length are nearer to the
+    :math:`g_i`. So no direction counts more because more tasks, or larger ones, share it. Nothing
+    is promised of a single task, and the length jumps where the rank of M changes: in float32 an
+    eigenvalue below about k · 1e-7 of the largest counts as 0.
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks to one
       gradient.
-
-    Raises:
-      ValueError: in `update`, if a gradient has no axis of tasks, naming the leaf.
-      TypeError: in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -446,13 +472,13 @@ def aligned_mtl() -> optax.GradientTransformationExtraArgs:
 
     def weigh(m):
         values, vectors = jnp.linalg.eigh(m)
-        kept = values > len(m) * jnp.finfo(m.dtype).eps * values[-1]
-        least = jnp.min(jnp.where(kept, values, jnp.inf))
-        scales = jnp.sqrt(jnp.where(kept, safe_divide(least, values), 0))
+        nonzero = values > len(m) * jnp.finfo(m.dtype).eps * values[-1]
+        least = jnp.min(jnp.where(nonzero, values, jnp.inf))
+        scales = jnp.sqrt(jnp.where(nonzero, safe_divide(least, values), 0))
         mean = jnp.full_like(m[0], 1 / len(m))
         return _dot(vectors, scales * _dot(mean, vectors))
 
-    return _of_gram("aligned_mtl", weigh)
+    return _stage_of_gram("aligned_mtl", weigh)
 
 
 # --- Weights that are learned from the losses -----------------------------------------------------
@@ -471,30 +497,29 @@ def gradnorm(
               \sum_i \Big| w_i \|g_i\| - r_i^\alpha \cdot \frac 1k \sum_j w_j \|g_j\| \Big|
               \to \min_w
 
-    The weights start at 1. `adam` takes a step on this sum, in which the product on the right is a
-    constant, and then they are scaled to the sum k. A weight that a step would make negative is 0.
+    The weights start at 1. In every step `adam` takes one step on this sum, in which the term after
+    the minus sign is constant. Then negative weights become 0, and all are scaled to the sum k.
 
-    ``update(grads, state, params, value=losses)`` needs the k losses, which must be positive. In
-    the paper the norms are those of one shared layer, here those of all leaves that the stage sees.
+    ``update(grads, state, params, value=losses)`` needs the k losses, which must be positive. The
+    norms are those of all leaves that the stage gets; in the paper, those of one shared layer.
     (The learned variances of Kendall, Gal and Cipolla, arXiv 1705.07115, need no stage: they are
     parameters, and the loss ``jnp.sum(jnp.exp(-s) * losses + s)`` has one gradient.)
 
     Args:
-      tasks: the number k of tasks, which the parameters do not tell.
-      alpha: how strongly a slow task is pulled, finite and at least 0: a number or a 0-d array.
+      tasks: the number k of tasks.
+      alpha: how much more weight a slow task gets, finite and at least 0: a number or a 0-d array.
         Default 1.5.
-      learning_rate: the rate of the weights, as in `scale_by_lr`. Default 0.025.
+      learning_rate: the learning rate of the weights: a number, a 0-d array or a schedule. Default
+        0.025.
 
     Returns:
       A gradient transformation from gradients with a leading axis of tasks to one gradient, with a
-      `GradnormState`. It is the mean, where the paper takes the sum, so that equal tasks give the
-      task.
+      `GradnormState`. It is the mean, where the paper takes the sum.
 
     Raises:
-      ValueError: if `tasks` is not positive, `alpha` or the rate out of its range; in `update`,
-        without the losses, if there are not as many as tasks, or if a gradient has no axis of
-        tasks, naming the leaf.
-      TypeError: if one of them is not a number; in `update`, if it gets `Moments`.
+      ValueError: if `tasks` is not positive, or `alpha` or the rate is out of range; in `update`,
+        without the losses, or if there are more or fewer losses than tasks.
+      TypeError: if one of the arguments is not a number.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -521,14 +546,13 @@ def gradnorm(
             learner=learner.init(weights),
         )
 
-    def weigh(grads, state, found, extra_args):
-        losses = extra_args.get("value")
+    def weigh(grads, state, given_tasks, losses):
         if losses is None:
             raise ValueError("gradnorm needs the losses: pass value=losses to update().")
-        if found != tasks or jnp.shape(losses) != (tasks,):
+        if given_tasks != tasks or jnp.shape(losses) != (tasks,):
             raise ValueError(
-                f"gradnorm was made for {tasks} tasks, but got gradients of {found} and losses of "
-                f"shape {jnp.shape(losses)}."
+                f"gradnorm was made for {tasks} tasks, but got gradients of {given_tasks} and "
+                f"losses of shape {jnp.shape(losses)}."
             )
         weights = state.weights
         losses = jnp.asarray(losses).astype(weights.dtype)
@@ -536,12 +560,16 @@ def gradnorm(
         initial = jnp.where(state.count == 0, losses, state.initial)
         progress = losses / initial
         rates = progress / jnp.mean(progress)
-        due = jnp.mean(weights * norms) * rates ** scalar(alpha, weights.dtype)
-        slope = jnp.sign(weights * norms - due) * norms
-        step, learner_state = learner.update(slope, state.learner, weights)
-        new = jnp.maximum(weights + step, 0)
-        new = new * (tasks / jnp.sum(new))
-        state = GradnormState(increment(as_count(state.count)), new, initial, learner_state)
+        target = jnp.mean(weights * norms) * rates ** scalar(alpha, weights.dtype)
+        gradient = jnp.sign(weights * norms - target) * norms
+        step, learner_state = learner.update(gradient, state.learner, weights)
+        learned = jnp.maximum(weights + step, 0)
+        state = GradnormState(
+            count=increment(as_count(state.count)),
+            weights=learned * (tasks / jnp.sum(learned)),
+            initial=initial,
+            learner=learner_state,
+        )
         return weights / tasks, state
 
     return _stage("gradnorm", weigh, init_fn)
@@ -567,9 +595,9 @@ class GradnormState(NamedTuple):
 
 
 def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""A chain for each task: its own moments, its own norm.
+    r"""A chain for each task: each has its own moments, its own norm.
 
-    Placed before a combination, it makes of each task's gradient what `tx` makes of it alone::
+    Before a combination, it applies `tx` to the gradient of each task by itself. ::
 
         optax.chain(
             adam_jax.tasks.per_task(
@@ -579,27 +607,26 @@ def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTran
             adam_jax.scale_by_lr(1e-3),
         )
 
-    combines directions of Adam, which have one size whatever the sizes of the losses, for k times
-    the state; `mgda` before `adam` combines gradients. With `optax.normalize_by_update_norm` each
-    task has a gradient of length 1.
+    combines Adam's directions, whose size does not depend on the size of a loss, and keeps k times
+    the state; `mgda` before `adam` combines gradients. With `optax.normalize_by_update_norm` the
+    gradient of each task has length 1.
 
-    (What does not look beyond an element needs no wrapper, because an axis of tasks is an axis:
-    `scale_by_moments` directly before `mgda` gives the same, if `init` gets parameters with that
-    axis.)
+    (Elementwise stages need no wrapper: `scale_by_moments` before `mgda` gives the same, if `init`
+    gets parameters with an axis of tasks.)
 
     Args:
-      tasks: the number k of tasks, which the parameters do not tell.
-      tx: what to do with the gradient of a task, from gradients to plain updates.
+      tasks: the number k of tasks.
+      tx: a chain from the gradient of one task to a plain update.
 
     Returns:
-      A gradient transformation from gradients with a leading axis of tasks to updates with it. Its
-      state is that of `tx` with this axis on every leaf; `init` and `update` take the parameters as
-      they are.
+      A gradient transformation from gradients with a leading axis of tasks to updates with that
+      axis. Its state is that of `tx`, with the axis on every leaf. `init` and `update` take the
+      parameters without it.
 
     Raises:
-      ValueError: if `tasks` is not positive; in `update`, if a gradient has not this many tasks,
-        naming the leaf.
-      TypeError: if `tx` is no gradient transformation; in `update`, if it ends in `Moments`.
+      ValueError: if `tasks` is not positive; in `update`, if a gradient has another number of
+        tasks, naming the leaf.
+      TypeError: if `tx` is no gradient transformation; in `update`, if `tx` emits `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -621,16 +648,18 @@ def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTran
         return jax.vmap(lambda _: tx.init(params), axis_size=tasks)(None)
 
     def update_fn(updates, state, params=None, **extra_args):
-        found = _check_tasks("per_task", updates, params)
-        if found not in (None, tasks):
-            raise ValueError(f"per_task was made for {tasks} tasks, but got gradients of {found}.")
+        given_tasks = _check_tasks("per_task", updates, params)
+        if given_tasks not in (None, tasks):
+            raise ValueError(
+                f"per_task was made for {tasks} tasks, but got gradients of {given_tasks}."
+            )
 
-        def alone(update, state):
+        def update_task(update, state):
             update, state = tx.update(update, state, params, **extra_args)
             check_updates("per_task", update)
             return update, state
 
-        return jax.vmap(alone, axis_size=tasks)(updates, state)
+        return jax.vmap(update_task, axis_size=tasks)(updates, state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -638,17 +667,16 @@ def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTran
 # --- From weights to a stage ----------------------------------------------------------------------
 
 
-def _of_gram(
+def _stage_of_gram(
     stage: str, weigh: Callable[[jax.Array], jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
     """A stage without state, whose weights are a function of the inner products.
 
-    It gets them in units of the largest: its weights do not change with the size of all gradients,
-    and powers of small numbers would be 0.
+    `weigh` gets the inner products over the largest of them. That changes no weight, and powers of
+    small inner products would underflow.
     """
 
-    def weigh_fn(grads, state, tasks, extra_args):
-        del tasks, extra_args
+    def weigh_fn(grads, state, *_):
         m = gram(grads)
         return weigh(safe_divide(m, jnp.max(jnp.diag(m)))), state
 
@@ -658,24 +686,25 @@ def _of_gram(
 def _stage(
     stage: str, weigh: Callable[..., tuple[jax.Array, Any]], init: optax.TransformInitFn
 ) -> optax.GradientTransformationExtraArgs:
-    """A stage from `weigh(grads, state, tasks, extra_args)`: the weights and the next state."""
+    """A stage from `weigh(grads, state, tasks, losses)`, which gives the weights and the state."""
 
-    def update_fn(updates, state, params=None, **extra_args):
+    def update_fn(updates, state, params=None, *, value=None, **extra_args):
+        del extra_args
         tasks = _check_tasks(stage, updates, params)
         if tasks is None:
             return updates, state
-        weights, state = weigh(updates, state, tasks, extra_args)
+        weights, state = weigh(updates, state, tasks, value)
         return combine(updates, weights, params), state
 
     return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
 def _check_tasks(stage: str, updates: optax.Updates, params: Any) -> int | None:
-    """The number of tasks, which all leaves have in front; None of a tree without leaves."""
+    """The length of the axis of tasks, the same for all leaves; None for a tree without leaves."""
     remedy = "make them with jax.jacrev of the vector of losses"
     check_updates(stage, updates)
     param_at = leaves_by_path(params_of(updates, params))
-    found: dict[int, tuple] = {}
+    path_by_tasks: dict[int, tuple] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         shape, param = jnp.shape(leaf), param_at.get(path)
         if not shape or not shape[0] or (param is not None and shape[1:] != jnp.shape(param)):
@@ -684,21 +713,21 @@ def _check_tasks(stage: str, updates: optax.Updates, params: Any) -> int | None:
                 f"{stage} takes gradients with one leading axis of tasks, but the one{at(path)} "
                 f"has shape {shape}{of}: {remedy}."
             )
-        found.setdefault(shape[0], path)
-    if len(found) > 1:
-        (k, one), (other_k, other), *_ = found.items()
+        path_by_tasks.setdefault(shape[0], path)
+    if len(path_by_tasks) > 1:
+        (k, one), (other_k, other), *_ = path_by_tasks.items()
         raise ValueError(
             f"{stage} takes gradients of the same tasks for every leaf, but the one{at(one)} has "
             f"{k} and the one{at(other)} has {other_k}: {remedy}."
         )
-    return next(iter(found), None)
+    return next(iter(path_by_tasks), None)
 
 
 def _rounding(m: jax.Array) -> float:
-    """What rounding may change of a sum of k products, relative to that of their sizes."""
+    """How far rounding may move a sum of k products, relative to the sum of their magnitudes."""
     return 2 * len(m) * float(jnp.finfo(m.dtype).eps)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product in full precision, also where a device would take fewer digits."""
+    """The product in full precision: by default a GPU or TPU may round to fewer digits first."""
     return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -29,7 +29,7 @@ from adam_jax._numerics import (
     sqrt,
     wider,
 )
-from adam_jax.signal import check_updates, is_leaf, map_updates, no_state, params_of
+from adam_jax.signal import check_updates, is_leaf, map_updates, params_of
 from adam_jax.storage._protocol import Slot
 
 Mask: TypeAlias = Any | Callable[[Any], Any] | None
@@ -166,7 +166,7 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
 
         return map_updates("decay_weights", decayed, updates, params, chosen), state
 
-    init_fn = CountState.zero if callable(rate) else no_state
+    init_fn = CountState.zero if callable(rate) else optax.init_empty_state
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
@@ -363,7 +363,7 @@ def scale_by_trust_ratio() -> optax.GradientTransformationExtraArgs:
         rescaled = lambda update, param: once(_rescaled, update, param)  # noqa: E731
         return map_updates("scale_by_trust_ratio", rescaled, updates, params), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, update_fn)
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def _rescaled(update: jax.Array, param: jax.Array) -> jax.Array:

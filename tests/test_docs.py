@@ -27,7 +27,7 @@ def test_readme_blocks_run():
 STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean",
             "transformer_blocks", "report"]  # fmt: skip
 TASKS = ["gram", "combine", "weighted", "mgda", "cagrad", "pcgrad", "aligned_mtl", "gradnorm",
-         "per_task", "WeightedState", "PcgradState", "GradnormState"]  # fmt: skip
+         "per_task", "GradnormState"]  # fmt: skip
 BASES = ["Basis", "eigenvectors", "Eigenvectors", "singular_vectors", "SingularVectors",
          "InBasisState"]  # fmt: skip
 RULES = ["squared", "belief", "yogi", "infinity", "accumulated", "from_first_gradient"]

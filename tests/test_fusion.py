@@ -29,7 +29,7 @@ from support import assert_close, matrices_only, stack
 
 import adam_jax
 from adam_jax import fusion, storage
-from adam_jax._kernel import Leaf
+from adam_jax.fusion._kernel import Kernel
 
 INT8, INT4 = storage.int8(), storage.int4()
 
@@ -50,10 +50,10 @@ def plain_step(tx):
 @contextlib.contextmanager
 def interpret(platform):
     """What is lowered for this machine's CPU runs the kernels of a platform, which are yielded."""
-    kernels, call = [], Leaf.call
+    kernels, launch = [], Kernel.launch
     with (
         mock.patch.object(fusion, "KERNELS", {"cpu": (platform, True)}),
-        mock.patch.object(Leaf, "call", lambda *args: kernels.append(args[0]) or call(*args)),
+        mock.patch.object(Kernel, "launch", lambda *args: kernels.append(args[0]) or launch(*args)),
     ):
         yield kernels
 
@@ -193,10 +193,10 @@ def steps_in_a_simulated_tpu():
     state = tx.init(params)
 
     def kernels(*arrays, program, needs):
-        def call(leaf, *rest):
-            return leaf.call(rest[0], "tpu", tpu.InterpretParams(), *rest[1:])
+        def launch(kernel, *rest):
+            return kernel.launch("tpu", tpu.InterpretParams(), *rest)
 
-        return program.run("tpu", call, arrays)
+        return program.run("tpu", launch, arrays)
 
     # It calls Python in order, which JAX does not allow within another equation.
     with mock.patch.object(fusion._fused_p, "bind", kernels):
@@ -417,7 +417,7 @@ def test_export_for_cpu_cuda_and_tpu():
 
 def placed(tree, mesh, spec):
     def put(x):
-        return jax.device_put(x, NamedSharding(mesh, spec if jnp.ndim(x) > 1 else P()))
+        return jax.device_put(x, NamedSharding(mesh, spec if jnp.size(x) > 1000 else P()))
 
     return jax.tree.map(put, tree)
 
@@ -471,7 +471,7 @@ def test_inside_shard_map_a_part_is_a_leaf(interpreted):
     kernels = interpreted("tpu")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     arguments = sharded_arguments()
-    specs = jax.tree.map(lambda x: P("x") if x.ndim > 1 else P(), arguments)
+    specs = jax.tree.map(lambda x: P("x") if x.size > 1000 else P(), arguments)
     # Pallas's interpreter does not tell what varies.
     parts = partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=specs[:2], check_vma=False)
     steps = plain_step(TX), adam_jax.fused_step(TX)

@@ -19,7 +19,7 @@ from support import assert_close
 
 import adam_jax
 from adam_jax import tasks
-from adam_jax._bits import random_bits
+from adam_jax._random import random_bits
 
 METHODS = {
     "weighted": lambda k: tasks.weighted(np.full(k, 1 / k)),
@@ -227,7 +227,7 @@ def test_pcgrad_draws_by_seed_and_step():
         for _ in range(3):
             update, state = stage.update(grads, state)
             runs[name].append(np.asarray(update))
-        assert state.step == 3
+        assert state.count == 3
     np.testing.assert_array_equal(runs["one"], runs["same"])
     assert not np.array_equal(runs["one"], runs["other"])
     assert not np.array_equal(runs["one"][0], runs["one"][1])

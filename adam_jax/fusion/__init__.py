@@ -1,5 +1,13 @@
-"""How much of a chain is one kernel: what XLA makes of it, and what is made for it."""
+"""A chain as one kernel for each large leaf, on a GPU and a TPU.
 
+_graph      the equations of a step, read from its jaxpr
+_tiles      operations on blocks, each with a form for a leaf and a form for a tile
+_program    which equations belong into which kernel
+_kernel     the kernel of a leaf, in Pallas
+_shards     the kernels of a sharded leaf
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,28 +21,28 @@ from jax.interpreters import ad, batching, mlir
 from adam_jax.fusion import _shards
 from adam_jax.fusion._program import Program
 
-# Where a step is lowered to kernels: for which backend of Pallas, and whether interpreted.
+# The platforms with kernels: the platform that the kernels are for, and how Pallas interprets them.
 KERNELS = {"cuda": ("cuda", False), "tpu": ("tpu", False)}
 
 
 def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
     r"""Update and apply, on a GPU and a TPU in one kernel for each large leaf.
 
-    A step reads the parameters, the state and the gradients once and writes the parameters and the
-    state once, in place if they are donated, and needs no memory besides. XLA alone makes one
+    The step reads the parameters, the state and the gradients once and writes the parameters and
+    the state once, in place if they are donated, and needs no other memory. XLA alone makes one
     kernel of a float32 step, but not of moments in 8 or 4 bits.
 
-    The chain stays the definition: `init` and the state are its own, and on a CPU, or called
-    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. So are the leaves without
-    a kernel: small ones (under 4,096 elements), those in other dtypes than float32 and bfloat16 or
-    in blocks of a length that is no power of two, and on a TPU vectors and matrices that XLA lays
-    out by columns there (such as 768 × 1000, whose rows would not fill its tiles).
+    The chain stays the definition: `init` and the state are those of `tx`, and on a CPU, or called
+    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. The same computes the
+    leaves that get no kernel: small ones (under 4,096 elements), those in other dtypes than float32
+    and bfloat16 or in blocks of a length that is no power of two, and on a TPU vectors and matrices
+    that XLA lays out by columns there (such as 768 × 1000, whose rows would not fill its tiles).
 
-    On a GPU they are Pallas's Triton kernels, of which jax 0.12 warns that they are deprecated.
+    On a GPU the kernels are Pallas's Triton kernels, which jax 0.12 warns are deprecated.
 
-    Sharded leaves: inside `jax.shard_map`, on meshes with explicit axes, and on GPUs also on those
-    with automatic axes, every device runs the kernels of its part. What cannot be cut so is an
-    error, never gathered.
+    Sharded leaves: inside `jax.shard_map`, on meshes with explicit axes, and on GPUs also on meshes
+    with automatic axes, every device runs the kernels of its shards. A leaf that cannot be split so
+    is an error; it is never gathered.
 
     Args:
       tx: a chain of stages that treat every element or block of a leaf by itself, of adam_jax,
@@ -45,10 +53,10 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
       ``jax.jit(step, donate_argnums=(0, 1))``.
 
     Raises:
-      ValueError: where it is traced, if a stage is not local: if it needs more of a large leaf, or
-        of several, than the elements of one place (`optax.clip_by_global_norm`,
-        `optax.scale_by_trust_ratio`, `adam_jax.cautious`, the storages `factored` and
-        `block_mean`).
+      ValueError: when the step is traced, if a stage is not local: if an element of the result
+        depends on other elements of a large leaf than those of its block, or on several leaves
+        (`optax.clip_by_global_norm`, `optax.scale_by_trust_ratio`, `adam_jax.cautious`, the
+        storages `factored` and `block_mean`).
 
     Example:
       >>> import adam_jax, jax, jax.numpy as jnp
@@ -69,18 +77,18 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
         with jax.numpy_dtype_promotion("standard"):  # optax adds float32 updates to bfloat16
             return optax.apply_updates(params, updates), state
 
-    return _fused(step, leaves=2)
+    return _fused(step, gradients=2)
 
 
 def fuse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""A chain with one kernel for each large leaf, on a GPU and a TPU.
 
-    As `fused_step`, for what applies the updates itself: `nnx.Optimizer`, Flax's `TrainState`, the
-    wrappers of optax. The updates are written and read again, which costs 12 bytes a parameter in
-    float32: 4 to write them, 8 to read them and the parameters where they are applied (and without
-    weight decay the kernel does not read the parameters: 8 in all). They take the place of the
-    gradients; if those are needed after the step, or come from outside of the compiled function,
-    XLA copies them first, 8 bytes more.
+    Like `fused_step`, for callers that apply the updates themselves: `nnx.Optimizer`, Flax's
+    `TrainState`, the wrappers of optax. The updates are written and read again, which costs 12
+    bytes a parameter in float32: 4 to write them, 8 to read them and the parameters when they are
+    applied. (Without weight decay the kernel does not read the parameters: 8 in all.) The updates
+    take the buffers of the gradients. If the gradients are needed after the step, or come from
+    outside of the compiled function, XLA copies them first, 8 bytes more.
 
     Args:
       tx: a chain of stages as in `fused_step`.
@@ -89,7 +97,7 @@ def fuse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
       The chain, with the same `init` and the same state.
 
     Raises:
-      ValueError: in `update`, where it is traced, if a stage is not local. Chain it outside:
+      ValueError: when `update` is traced, if a stage is not local. Chain that stage outside:
         ``optax.chain(optax.clip_by_global_norm(1.0), adam_jax.fuse(adam_jax.adamw(1e-3)))``.
 
     Example:
@@ -103,35 +111,37 @@ def fuse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     Source: none, see `fused_step`.
     """
     inner: Any = optax.with_extra_args_support(tx)
-    return optax.GradientTransformationExtraArgs(inner.init, _fused(inner.update, leaves=0))
+    return optax.GradientTransformationExtraArgs(inner.init, _fused(inner.update, gradients=0))
 
 
-def _fused(fn: Callable[..., Any], leaves: int) -> Callable[..., Any]:
-    """`fn` with kernels where it is lowered for a GPU or a TPU; argument `leaves` is the gradients.
+def _fused(fn: Callable[..., Any], gradients: int) -> Callable[..., Any]:
+    """`fn` with kernels where it is lowered for a GPU or a TPU.
 
-    Its results take the place of its first arguments.
+    Args:
+      fn: its results take the buffers of its first arguments.
+      gradients: the index of the argument of `fn` that is the gradients.
     """
 
     def fused(*args, **extra_args):
-        flat, tree = jax.tree.flatten((args, extra_args))
-        if not any(isinstance(x, Tracer) for x in flat):
+        leaves, structure = jax.tree.flatten((args, extra_args))
+        if not any(isinstance(x, Tracer) for x in leaves):
             return fn(*args, **extra_args)
-        places = [i for i, x in enumerate(flat) if isinstance(x, jax.Array | np.ndarray)]
+        indices = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)]
 
         def on_arrays(*arrays):
-            given = dict(zip(places, arrays, strict=True))
+            array_at = dict(zip(indices, arrays, strict=True))
             args, extra_args = jax.tree.unflatten(
-                tree, [given.get(i, x) for i, x in enumerate(flat)]
+                structure, [array_at.get(i, x) for i, x in enumerate(leaves)]
             )
             return fn(*args, **extra_args)
 
-        arrays = [flat[i] for i in places]
+        arrays = [leaves[i] for i in indices]
         closed, shapes = jax.make_jaxpr(on_arrays, return_shape=True)(*arrays)
-        first = len(jax.tree.leaves(args[:leaves]))
-        grads = range(first, first + len(jax.tree.leaves(args[leaves])))
-        program = Program(closed.jaxpr, [n for n, i in enumerate(places) if i in grads])
+        first = len(jax.tree.leaves(args[:gradients]))
+        is_gradient = range(first, first + len(jax.tree.leaves(args[gradients])))
+        program = Program(closed.jaxpr, [n for n, i in enumerate(indices) if i in is_gradient])
         results = _fused_p.bind(
-            *arrays, *closed.consts, program=program, needs=_shards.needs_devices()
+            *arrays, *closed.consts, program=program, needs=_shards.jaxpr_that_needs_devices()
         )
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -139,8 +149,8 @@ def _fused(fn: Callable[..., Any], leaves: int) -> Callable[..., Any]:
 
 
 # --- One equation, which is lowered to kernels or to the plain chain ------------------------------
-# jax.lax.platform_dependent would trace the kernels of all platforms, and in an export for several
-# lower each of them for all.
+# jax.lax.platform_dependent would trace the kernels of all platforms, and an export for several
+# platforms would lower the kernels of each for all of them.
 
 _fused_p = Primitive("adam_jax_fused")
 _fused_p.multiple_results = True
@@ -164,15 +174,14 @@ def _lowering(lowered_for: str) -> Callable[..., Any]:
                 "inside jax.shard_map, or use a mesh with explicit axes."
             )
 
-        def call(leaf, tile, scalars, arrays):
-            return _shards.call(leaf, tile, platform, interpret, scalars, arrays)
+        launch = functools.partial(_shards.launch_on_shards, platform, interpret)
 
-        def kernels(*arrays):
-            return program.run(platform, call, arrays)
+        def in_kernels(*arrays):
+            return program.run(platform, launch, arrays)
 
         module = context.module_context.replace(platforms=(lowered_for,))
         context = context.replace(module_context=module)
-        return mlir.lower_fun(kernels, multiple_results=True)(context, *arrays)
+        return mlir.lower_fun(in_kernels, multiple_results=True)(context, *arrays)
 
     return rule
 

@@ -1,14 +1,15 @@
 """The equations of a step: read from its jaxpr, with all that it calls."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.extend.core import Literal
 
-from adam_jax.fusion._tiles import OWN
+from adam_jax.fusion._tiles import OPERATIONS, TileOperation
 
-# Equations that make an element of the result of the elements in the same place.
+# The elementwise equations of JAX.
 ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bitcast_convert_type", "cbrt", "ceil", "clamp", "complex", "conj", "convert_element_type",
@@ -21,7 +22,7 @@ ELEMENTWISE = {
 }  # fmt: skip
 CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
          "custom_vjp_call_jaxpr", "checkpoint"}  # fmt: skip
-TYPES = {"pvary", "pcast"}  # equations of types alone: what varies within jax.shard_map
+TYPES = {"pvary", "pcast"}  # These change the type only: along which mesh axes a value varies.
 
 
 class Value:
@@ -32,37 +33,34 @@ class Value:
 
 
 class Equation(NamedTuple):
-    """An equation of a step."""
+    """An equation of a step.
+
+    Attributes:
+      primitive: what is computed.
+      params: the parameters of the primitive.
+      inputs: values or constants.
+      outputs: values.
+      sources: where the equation was written, then where the calls around it were.
+    """
 
     primitive: Any
     params: dict[str, Any]
-    inputs: list[Any]  # values or constants
+    inputs: list[Any]
     outputs: list[Value]
-    traces: tuple  # where it was written, then the calls around it
+    sources: tuple
 
     @property
-    def own(self) -> list[str]:
-        """The name and the integers of an `own_equation`."""
-        name = str(self.params.get("name", ""))
-        return name.removeprefix(OWN).split() if name.startswith(OWN) else []
+    def tile_operation(self) -> TileOperation | None:
+        return OPERATIONS.get(self.primitive)
 
     @property
     def elementwise(self) -> bool:
         return self.primitive.name in ELEMENTWISE | TYPES
 
     @property
-    def grained(self) -> tuple[Value, int] | None:
-        """The operand or result that has one element for several of the leaf, and for how many."""
-        if not self.own or self.own[0] == "positions":
-            return None
-        name, _, number, *_ = self.own
-        value = self.outputs[0] if name in ("largest", "packed") else self.inputs[0]
-        return value, int(number) if name in ("largest", "spread") else 8 // int(number)
-
-    @property
     def stage(self) -> str:
-        """The name of the stage that it is of."""
-        return _stage(self.traces)
+        """The name of the stage, or of the storage, that the equation is part of."""
+        return _stage(self.sources)
 
     def refuse(self) -> None:
         raise ValueError(
@@ -74,30 +72,23 @@ class Equation(NamedTuple):
         )
 
 
-def _stage(traces: Sequence[Any]) -> str:
-    """The stage that an equation is of: the innermost function made by one, but for our helpers."""
-    helpers = (
-        "/jax/",
-        "/optax/_src/base.py",
-        "/optax/tree_utils/",
-        "/_combining.py",
-        "/_jit.py",
-        "/average.py",
-        "/fusion/",
-        "/signal.py",
-        "/storage/_protocol.py",
-    )
-    for trace in traces:
-        for frame in trace.frames if trace else ():
-            path = frame.file_name.replace("\\", "/")
-            name, *inside = frame.function_name.split(".<locals>")
-            if inside and not any(helper in path for helper in helpers):
-                return name
+# The functions of a stage and of a storage, made by the function that it is named after.
+STAGE = re.compile(r"(\w+)\.<locals>\.(?:update|update_fn|save|load)")
+
+
+def _stage(sources: Sequence[Any]) -> str:
+    """The innermost stage or storage around an equation: the frames begin at the equation."""
+    for source in sources:
+        for frame in source.traceback.frames if source.traceback else ():
+            if match := STAGE.fullmatch(frame.function_name):
+                # `signal.stateless` and `to_updates` make stages, and name them in their scope.
+                *_, scope = str(source.name_stack).split("/")
+                return scope if match[1] in ("stateless", "to_updates") else match[1]
     return "a stage"
 
 
 def inlined(
-    closed: Any, inputs: Sequence[Any], traces: tuple = ()
+    closed: Any, inputs: Sequence[Any], sources: tuple = ()
 ) -> tuple[list[Equation], list[Any]]:
     """The equations of a jaxpr and of all that it calls, and its results.
 
@@ -116,9 +107,8 @@ def inlined(
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         results: list[Any] = [Value(var.aval) for var in eqn.outvars]
-        around = (eqn.source_info.traceback, *traces)
-        equation = Equation(eqn.primitive, eqn.params, operands, results, around)
-        if eqn.primitive.name in CALLS and not equation.own:
+        around = (eqn.source_info, *sources)
+        if eqn.primitive.name in CALLS:
             called = next(
                 eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params
             )
@@ -126,22 +116,23 @@ def inlined(
             inside, results = inlined(called, [*operands, *consts], around)
             equations += inside
         else:
-            equations.append(equation)
+            equations.append(Equation(eqn.primitive, eqn.params, operands, results, around))
         env.update(zip(eqn.outvars, results, strict=True))
     return equations, [read(atom) for atom in jaxpr.outvars]
 
 
-class Joined:
-    """Which values were joined to one another, directly or by way of others."""
+class DisjointSets:
+    """Sets of values that are united one by one (union-find)."""
 
     def __init__(self) -> None:
         self.parent: dict[Value, Value] = {}
 
-    def root(self, value: Value) -> Value:
+    def find(self, value: Value) -> Value:
+        """The member that stands for the set of a value."""
         while value in self.parent:
             value = self.parent[value]
         return value
 
-    def join(self, values: Iterable[Value]) -> None:
-        roots = list(dict.fromkeys(map(self.root, values)))
-        self.parent.update((root, roots[0]) for root in roots[1:])
+    def union(self, values: Iterable[Value]) -> None:
+        members = list(dict.fromkeys(map(self.find, values)))
+        self.parent.update((other, members[0]) for other in members[1:])

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-from adam_jax.fusion._graph import TYPES, Equation, Joined, Value, inlined
-from adam_jax.fusion._kernel import LARGE, Leaf
+from adam_jax._numerics import SMALL
+from adam_jax.fusion._graph import TYPES, DisjointSets, Equation, Value, inlined
+from adam_jax.fusion._kernel import Kernel
+from adam_jax.fusion._tiles import block_axis
 
 DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 
@@ -26,130 +28,162 @@ class Program:
     """A step, sorted.
 
     Args:
-      jaxpr: the step, traced on whole leaves; its inputs here are its arguments, then what it
+      jaxpr: the step, traced on whole leaves. Its inputs here are its arguments, then what it
         closes over.
-      leaves: which of its arguments are the leaves, one of each: the gradients.
+      gradients: which of its arguments are the gradients, one for each leaf.
     """
 
-    def __init__(self, jaxpr: Jaxpr, leaves: Sequence[int]):
+    def __init__(self, jaxpr: Jaxpr, gradients: Sequence[int]):
         self.jaxpr = jaxpr
         self.inputs = [Value(var.aval) for var in (*jaxpr.invars, *jaxpr.constvars)]
         equations, self.outputs = inlined(jaxpr, self.inputs)
-        needed = {v for v in self.outputs if isinstance(v, Value)}
-        self.equations: list[Equation] = []
-        for equation in reversed(equations):
-            if not needed.isdisjoint(equation.outputs):
-                needed.update(v for v in equation.inputs if isinstance(v, Value))
-                self.equations.append(equation)
-        self.equations.reverse()
+        self.equations = _needed(equations, self.outputs)
         # An array made of scalars alone has equal elements: one of them stands for it.
         self.uniform = {v for v in self.inputs if not v.shape}
-        self.leaf, self.alike = Joined(), Joined()
+        self.same_leaf = DisjointSets()
+        self.same_shape = DisjointSets()  # within a leaf: of one block length
         for equation in self.equations:
-            spreads = equation.elementwise or equation.primitive.name == "broadcast_in_dim"
-            made_of_scalars = spreads and all(map(self.is_uniform, equation.inputs))
+            repeats = equation.elementwise or equation.primitive.name == "broadcast_in_dim"
+            made_of_scalars = repeats and all(map(self.is_uniform, equation.inputs))
             self.uniform.update(v for v in equation.outputs if made_of_scalars or not v.shape)
-            self.leaf.join(self.arrays(equation))
+            self.same_leaf.union(self.arrays(equation))
             if equation.elementwise:
-                self.alike.join(self.arrays(equation))
+                self.same_shape.union(self.arrays(equation))
         bodies: dict[Value, list[Equation]] = {}
         for equation in self.equations:
             for value in self.arrays(equation)[:1]:
-                bodies.setdefault(self.leaf.root(value), []).append(equation)
-        self.leaves: dict[Value, Leaf] = {}
-        for value in (self.inputs[number] for number in leaves):
-            root = self.leaf.root(value)
-            body = bodies.get(root, [])
+                bodies.setdefault(self.same_leaf.find(value), []).append(equation)
+        self.kernels: dict[Value, Kernel] = {}
+        for gradient in (self.inputs[index] for index in gradients):
+            leaf = self.same_leaf.find(gradient)
+            body = bodies.get(leaf, [])
             dtypes = {str(v.dtype) for equation in body for v in self.arrays(equation)}
-            if body and math.prod(value.shape) >= LARGE and dtypes <= DTYPES:
-                if root in self.leaves:
+            if body and math.prod(gradient.shape) >= SMALL and dtypes <= DTYPES:
+                if leaf in self.kernels:
                     raise ValueError(
                         "adam_jax fuses chains that treat every leaf by itself, and this one has "
                         "equations between several leaves. Chain those outside of what is fused."
                     )
-                self.leaves[root] = self._leaf(value, body)
+                self.kernels[leaf] = self._kernel(gradient, body)
 
-    def _leaf(self, gradient: Value, body: list[Equation]) -> Leaf:
-        """A large leaf, if its equations are local."""
-        grain_of: dict[Value, int] = {}
-        for equation in body:
-            if not equation.elementwise and not equation.own:
-                equation.refuse()
-            if equation.grained:
-                value, grain = equation.grained
-                if grain_of.setdefault(self.alike.root(value), grain) != grain:
-                    equation.refuse()
+    def _kernel(self, gradient: Value, body: list[Equation]) -> Kernel:
+        """The kernel of a leaf, if the equations are local."""
         made = {v for equation in body for v in equation.outputs}
-        used = {v: None for e in body for v in e.inputs if isinstance(v, Value) and v not in made}
-        grains = {v: grain_of.get(self.alike.root(v), 1) for v in (*made, *used)}
+        used = [v for equation in body for v in equation.inputs if isinstance(v, Value)]
+        used = list(dict.fromkeys(v for v in used if v not in made))
         reads = [v for v in used if v not in self.uniform]
-        # The results of a step take the place of its first inputs, one by one.
-        leaf = Leaf(
+        block_of = self._block_lengths(gradient, body)
+        kernel = Kernel(
             shape=gradient.shape,
             gradient=gradient,
             body=body,
             scalars=[v for v in used if v in self.uniform],
             reads=reads,
-            writes=list(
-                dict.fromkeys(v for v in self.outputs if isinstance(v, Value) and v in made)
-            ),
+            writes=[v for v in dict.fromkeys(self._values(self.outputs)) if v in made],
+            # The results of a step take the buffers of its first inputs, one by one.
             replaces={
-                new: old
-                for new, old in zip(self.outputs, self.inputs, strict=False)
-                if isinstance(new, Value) and new in made and old in reads
-                if (old.shape, old.dtype) == (new.shape, new.dtype)
+                result: argument
+                for result, argument in zip(self.outputs, self.inputs, strict=False)
+                if isinstance(result, Value) and result in made and argument in reads
+                if (argument.shape, argument.dtype) == (result.shape, result.dtype)
             },
-            grains=grains,
+            block_of={v: block_of.get(self.same_shape.find(v), 1) for v in (*made, *used)},
         )
         for equation in body:
-            for v in self.arrays(equation):
-                if v.shape != leaf.cut(v, leaf.shape) or any(map(np.ndim, equation.inputs)):
+            for value in self.arrays(equation):
+                whole = kernel.shape_of(value, kernel.shape)
+                if value.shape != whole or any(map(np.ndim, equation.inputs)):
                     equation.refuse()
-        return leaf
+        return kernel
+
+    def _block_lengths(self, gradient: Value, body: list[Equation]) -> dict[Value, int]:
+        """How many elements share one, for what stands for a set of arrays of the same shape."""
+        lengths: dict[Value, int] = {}
+        for equation in body:
+            operation = equation.tile_operation
+            if operation is None or operation.shared is None:
+                if operation is None and not equation.elementwise:
+                    equation.refuse()
+                continue
+            (value,) = equation.outputs if operation.shared == "output" else equation.inputs
+            axis, length = equation.params["axis"], equation.params["block"]
+            known = lengths.setdefault(self.same_shape.find(value), length)
+            if axis != block_axis(gradient.shape) or known != length:
+                equation.refuse()
+        return lengths
 
     def is_uniform(self, value: Any) -> bool:
         return value in self.uniform if isinstance(value, Value) else np.ndim(value) == 0
 
     def arrays(self, equation: Equation) -> list[Value]:
-        """What an equation has of leaves."""
-        both = (*equation.inputs, *equation.outputs)
-        return [v for v in both if isinstance(v, Value) and v not in self.uniform]
+        """The inputs and outputs of an equation that are arrays of a leaf."""
+        values = self._values((*equation.inputs, *equation.outputs))
+        return [v for v in values if v not in self.uniform]
+
+    @staticmethod
+    def _values(atoms: Sequence[Any]) -> list[Value]:
+        """Without the constants."""
+        return [x for x in atoms if isinstance(x, Value)]
 
     def plain(self, *arguments: Any) -> list[Any]:
         """The results of the step, without kernels."""
-        number = len(self.jaxpr.invars)
-        closed = ClosedJaxpr(self.jaxpr, arguments[number:])
-        return jaxpr_as_fun(closed)(*arguments[:number])
+        arity = len(self.jaxpr.invars)
+        closed = ClosedJaxpr(self.jaxpr, arguments[arity:])
+        return jaxpr_as_fun(closed)(*arguments[:arity])
 
-    def run(self, platform: str, call: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-        """Its results, where `call(leaf, tile, scalars, arrays)` calls the kernel of a leaf."""
-        tiles = {leaf: leaf.tile(platform) for leaf in self.leaves.values()}
-        kernels = {leaf: tile for leaf, tile in tiles.items() if tile}
-        inside = {id(equation) for leaf in kernels for equation in leaf.body}
+    def run(self, platform: str, launch: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+        """The results of the step.
+
+        Args:
+          platform: "cuda" or "tpu".
+          launch: called as `launch(kernel, tile_shape, scalars, arrays)` for each kernel.
+          arguments: the arguments of the step, then what it closes over.
+        """
+        tiles = {kernel: kernel.tile_shape(platform) for kernel in self.kernels.values()}
+        kernels = {kernel: tile for kernel, tile in tiles.items() if tile}
+        inside = {id(equation) for kernel in kernels for equation in kernel.body}
         known = dict(zip(self.inputs, arguments, strict=True))
-        one = {v: x for v, x in known.items() if v in self.uniform}  # element of a uniform array
-
-        def compute(equation, known):
-            operands = [known[v] if isinstance(v, Value) else v for v in equation.inputs]
-            results = equation.primitive.bind(*operands, **equation.params)
-            several = equation.primitive.multiple_results
-            known.update(zip(equation.outputs, results if several else [results], strict=True))
-
+        elements = {v: x for v, x in known.items() if v in self.uniform}  # one of equal elements
         for equation in self.equations:
             if id(equation) in inside:
                 continue
-            compute(equation, known)
-            if not self.uniform.issuperset(equation.outputs):
-                continue
-            if all(v.shape == () for v in equation.outputs):
-                one.update((v, known[v]) for v in equation.outputs)
-            elif equation.elementwise and equation.primitive.name not in TYPES:
-                compute(equation, one)
-            else:
-                (value,) = equation.inputs
-                one[equation.outputs[0]] = one[value] if isinstance(value, Value) else value
-        for leaf, tile in kernels.items():
-            scalars = [one[value] for value in leaf.scalars]
-            results = call(leaf, tile, scalars, [known[value] for value in leaf.reads])
-            known.update(zip(leaf.writes, results, strict=True))
+            _compute(equation, known)
+            if self.uniform.issuperset(equation.outputs):
+                _compute_element(equation, known, elements)
+        for kernel, tile in kernels.items():
+            scalars = [elements[value] for value in kernel.scalars]
+            results = launch(kernel, tile, scalars, [known[value] for value in kernel.reads])
+            known.update(zip(kernel.writes, results, strict=True))
         return [known[v] if isinstance(v, Value) else v for v in self.outputs]
+
+
+def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]:
+    """The equations that the outputs depend on."""
+    needed = {v for v in outputs if isinstance(v, Value)}
+    kept = []
+    for equation in reversed(equations):
+        if not needed.isdisjoint(equation.outputs):
+            needed.update(v for v in equation.inputs if isinstance(v, Value))
+            kept.append(equation)
+    return kept[::-1]
+
+
+def _compute(equation: Equation, known: dict[Value, Any]) -> None:
+    """Add the results of an equation to the values that are known."""
+    inputs = [known[x] if isinstance(x, Value) else x for x in equation.inputs]
+    results = equation.primitive.bind(*inputs, **equation.params)
+    several = equation.primitive.multiple_results
+    known.update(zip(equation.outputs, results if several else [results], strict=True))
+
+
+def _compute_element(
+    equation: Equation, known: dict[Value, Any], elements: dict[Value, Any]
+) -> None:
+    """For an equation whose results have equal elements: add one element of each."""
+    if all(v.shape == () for v in equation.outputs):
+        elements.update((v, known[v]) for v in equation.outputs)
+    elif equation.elementwise and equation.primitive.name not in TYPES:
+        _compute(equation, elements)
+    else:  # broadcast or of another type, but equal
+        (x,) = equation.inputs
+        elements[equation.outputs[0]] = elements[x] if isinstance(x, Value) else x

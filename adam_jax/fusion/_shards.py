@@ -1,7 +1,7 @@
-"""Kernels of sharded leaves: every device runs the kernel of its part, and nothing is moved.
+"""Kernels of sharded leaves: every device runs the kernel of its shard, and nothing is moved.
 
 XLA does not partition a kernel by itself, it would gather the leaf. Inside `jax.shard_map` there is
-nothing to do: a part is a leaf there.
+nothing to do: a shard is a leaf there.
 """
 
 import functools
@@ -15,114 +15,119 @@ import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adam_jax.fusion._kernel import Leaf
+from adam_jax.fusion._kernel import Kernel
 
 
-def call(
-    leaf: Leaf,
-    tile: tuple[int, ...],
+def launch_on_shards(
     platform: str,
-    interpret: bool,
+    interpret: Any,
+    kernel: Kernel,
+    tile_shape: tuple[int, ...],
     scalars: Sequence[Any],
     arrays: Sequence[Any],
 ) -> Sequence[Any]:
-    """`leaf.call`, of arrays that may be sharded."""
-    number = len(scalars)
+    """`kernel.launch` on arrays that may be sharded."""
+    scalar_count = len(scalars)
 
-    def whole(*operands):
-        return leaf.call(tile, platform, interpret, operands[:number], operands[number:])
+    def on_leaf(*operands):
+        scalars, arrays = operands[:scalar_count], operands[scalar_count:]
+        return kernel.launch(platform, interpret, tile_shape, scalars, arrays)
 
-    def part(mesh, spec) -> Callable[..., Any]:
-        names, lengths = _parts(leaf, mesh, spec)
-        size = leaf.tile(platform, lengths) or tile
+    def on_shard(mesh, spec) -> Callable[..., Any]:
+        mesh_axes, lengths = _shard(kernel, mesh, spec)
+        shard_tile = kernel.tile_shape(platform, lengths) or tile_shape
 
-        def local(*operands):
-            corner = [
-                jax.lax.axis_index(each) * n if each else 0
-                for each, n in zip(names, lengths, strict=True)
+        def run(*operands):
+            offset = [
+                jax.lax.axis_index(names) * length if names else 0
+                for names, length in zip(mesh_axes, lengths, strict=True)
             ]
-            scalars, arrays = operands[:number], operands[number:]
-            place = jnp.asarray(corner, jnp.int32)
-            return leaf.call(size, platform, interpret, scalars, arrays, place)
+            scalars, arrays = operands[:scalar_count], operands[scalar_count:]
+            return kernel.launch(
+                platform, interpret, shard_tile, scalars, arrays, jnp.asarray(offset, jnp.int32)
+            )
 
-        return local
+        return run
 
     def partition(mesh, operands, results):
-        spec = _common(leaf, [operand.sharding for operand in operands[number:]])
-        every, one = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), spec))
-        shardings = (every,) * number + (one,) * len(arrays)
-        return mesh, part(mesh, spec), (one,) * len(leaf.writes), shardings
+        spec = _common_spec(kernel, [operand.sharding for operand in operands[scalar_count:]])
+        replicated, sharded = (NamedSharding(mesh, PartitionSpec(*s)) for s in ((), spec))
+        shardings = (replicated,) * scalar_count + (sharded,) * len(arrays)
+        return mesh, on_shard(mesh, spec), (sharded,) * len(kernel.writes), shardings
 
     shardings = [jax.typeof(x).sharding for x in arrays]
     mesh = shardings[0].mesh
-    if jax.sharding.AxisType.Explicit in mesh.axis_types:  # the types tell how they are sharded
-        spec = PartitionSpec(*_common(leaf, shardings))
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:  # shardings are part of the types
+        spec = PartitionSpec(*_common_spec(kernel, shardings))
         sharded = jax.shard_map(
-            part(mesh, spec),
+            on_shard(mesh, spec),
             mesh=mesh,
             in_specs=(*(PartitionSpec() for _ in scalars), *(spec for _ in arrays)),
-            out_specs=tuple(spec for _ in leaf.writes),
+            out_specs=tuple(spec for _ in kernel.writes),
             check_vma=False,
         )
         return sharded(*scalars, *(jax.sharding.reshard(x, spec) for x in arrays))
-    kernel = custom_partitioning(whole)  # XLA tells it when it partitions
-    kernel.def_partition(partition=partition, sharding_rule=_rule(leaf, number))
-    return kernel(*scalars, *arrays)
+    partitioned = custom_partitioning(on_leaf)  # XLA gives the shardings when it partitions
+    partitioned.def_partition(
+        partition=partition, sharding_rule=_sharding_rule(kernel, scalar_count)
+    )
+    return partitioned(*scalars, *arrays)
 
 
-def _common(leaf: Leaf, shardings: Sequence[Any]) -> tuple:
-    """How a leaf is sharded: as its arrays are, of which some may be whole on every device."""
-    found = {}
-    for value, sharding in zip(leaf.reads, shardings, strict=True):
+def _common_spec(kernel: Kernel, shardings: Sequence[Any]) -> tuple:
+    """How a leaf is sharded: as its arrays are, of which some may be replicated."""
+    specs = set()
+    for value, sharding in zip(kernel.reads, shardings, strict=True):
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
-                f"adam_jax.fuse: a leaf of shape {leaf.shape} is sharded as {sharding}, which "
+                f"adam_jax.fuse: a leaf of shape {kernel.shape} is sharded as {sharding}, which "
                 f"names no mesh. Call the step inside jax.shard_map."
             )
-        spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
-        if spec.count(None) < len(spec) and value is not leaf.gradient:
-            found[spec] = value
-    if len(found) > 1:
-        several = " and as ".join(map(str, found))
+        spec = (*sharding.spec, *[None] * (len(kernel.shape) - len(sharding.spec)))
+        if spec.count(None) < len(spec) and value is not kernel.gradient:
+            specs.add(spec)
+    if len(specs) > 1:
+        several = " and as ".join(sorted(map(str, specs)))
         raise ValueError(
-            f"adam_jax.fuse: the parameter and the state of a leaf of shape {leaf.shape} are "
+            f"adam_jax.fuse: the parameter and the state of a leaf of shape {kernel.shape} are "
             f"sharded as {several}. Shard them alike, or call the step inside jax.shard_map."
         )
-    return next(iter(found), (None,) * len(leaf.shape))
+    return next(iter(specs), (None,) * len(kernel.shape))
 
 
-def _parts(leaf: Leaf, mesh: Any, spec: Sequence[Any]) -> tuple[list[tuple], list[int]]:
-    """The mesh axes that each axis of a leaf lies on, and the shape of a part."""
-    names = [name if isinstance(name, tuple) else (name,) * (name is not None) for name in spec]
-    parts = [math.prod(mesh.shape[name] for name in each) for each in names]
-    for axis, (length, count) in enumerate(zip(leaf.shape, parts, strict=True)):
-        block = max(leaf.grains.values(), default=1) if axis == leaf.axis else 1
+def _shard(kernel: Kernel, mesh: Any, spec: Sequence[Any]) -> tuple[list[tuple], list[int]]:
+    """The mesh axes that each axis of a leaf is sharded over, and the shape of a shard."""
+    mesh_axes = [name if isinstance(name, tuple) else (name,) * (name is not None) for name in spec]
+    counts = [math.prod(mesh.shape[name] for name in names) for names in mesh_axes]
+    for axis, (length, count) in enumerate(zip(kernel.shape, counts, strict=True)):
+        block = kernel.block if axis == kernel.axis else 1
         if count > 1 and length % (count * block):
             raise ValueError(
-                f"adam_jax.fuse: axis {axis} of a leaf of shape {leaf.shape} is sharded over "
+                f"adam_jax.fuse: axis {axis} of a leaf of shape {kernel.shape} is sharded over "
                 f"{spec[axis]!r} and is no multiple of {count} shards of blocks of {block}. Shard "
                 f"another axis, or call the step inside jax.shard_map."
             )
-    return names, [length // count for length, count in zip(leaf.shape, parts, strict=True)]
+    return mesh_axes, [n // count for n, count in zip(kernel.shape, counts, strict=True)]
 
 
-def _rule(leaf: Leaf, number: int) -> str:
+def _sharding_rule(kernel: Kernel, scalar_count: int) -> str:
     """Which axes of operands and results are the same, by which XLA propagates shardings."""
 
     def axes(value):
-        names = [f"a{a}" for a in range(len(leaf.shape))]
-        names[leaf.axis] += f"b{leaf.grains.get(value, 1)}"
+        names = [f"a{axis}" for axis in range(len(kernel.shape))]
+        names[kernel.axis] += f"b{kernel.block_of.get(value, 1)}"
         return " ".join(names)
 
-    operands = [""] * number + [axes(value) for value in leaf.reads]
-    return f"{', '.join(operands)} -> {', '.join(map(axes, leaf.writes))}"
+    operands = [""] * scalar_count + [axes(value) for value in kernel.reads]
+    return f"{', '.join(operands)} -> {', '.join(map(axes, kernel.writes))}"
 
 
 @functools.cache
-def needs_devices() -> Any:
-    """A jaxpr that tells JAX, as a parameter of an equation, to lower it knowing the devices.
+def jaxpr_that_needs_devices() -> Any:
+    """A dummy equation of `custom_partitioning`, so that JAX keeps the device assignment.
 
-    It has an equation of `custom_partitioning`, for which JAX looks before it lowers.
+    JAX looks for one in the equations of a function and in their parameters before it lowers the
+    function, and only then tells the lowering the devices. Ours arise in the lowering: too late.
     """
     identity = custom_partitioning(lambda x: x)
     identity.def_partition(

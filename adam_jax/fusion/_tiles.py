@@ -1,73 +1,177 @@
-"""Blocks along an axis of a leaf: the largest number of each, their means, one spread back.
+"""Operations on blocks along an axis of a leaf, each with a second form for a tile of the leaf.
 
-On a mesh with explicit axes JAX refuses to cut a sharded axis into blocks that do not lie within
-the shards, and on one with automatic axes XLA would gather the leaf for it. So the axis is cut
-twice, first into short pieces that lie within the shards of most leaves, and only what is left of
-those is gathered where the blocks do not fit.
+A chain in a kernel sees one tile. Elementwise equations hold there as they are. The operations of
+this file do not, so each is one equation of its own, whose form for a tile stands beside the form
+for a leaf:
+
+    positions           the index of every element in the leaf
+    largest             the largest magnitude of every block
+    spread              one number per block, repeated for each of its elements
+    packed, unpacked    codes of a few bits, several to a byte
+
+Sharded leaves: JAX refuses to split a sharded axis of an explicit mesh into blocks that cross the
+shards, and on an automatic mesh XLA would gather the leaf for it. So `largest` reduces pieces of 8
+inside each shard, and only those maxima are gathered where the blocks cross the shards.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from adam_jax.sharding import in_one_part, parts_of_axis
 
 PIECE = 8  # the rows of a TPU's tile
 
+# --- One equation with two forms ------------------------------------------------------------------
 
-OWN = "adam_jax."
 
+@dataclass(frozen=True)
+class Tile:
+    """The tile of a leaf that a kernel works on.
 
-def own_equation(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn` of one array and some integers as one equation, which tells them in its name.
+    Arrays of a tile have its last two axes, or its only one, so blocks lie along their axis 0.
 
-    A kernel sees a tile of the leaf and does in a way of its own what needs to know the place of an
-    element (`_kernel.py`).
+    Attributes:
+      shape: the shape of the tile.
+      index: which tile it is, along each axis of the leaf.
+      leaf_shape: the shape of the leaf.
+      lengths: the shape of what the kernel works on: the leaf, or a shard of it.
+      offset: where in the leaf that shard begins, along each axis; None for a whole leaf.
     """
 
-    @functools.cache
-    def with_integers(integers):
-        def on_array(x):
-            return fn(x, *integers)
+    shape: tuple[int, ...]
+    index: list[Any]
+    leaf_shape: tuple[int, ...]
+    lengths: tuple[int, ...]
+    offset: Any = None
 
-        on_array.__name__ = " ".join([OWN + fn.__name__, *map(str, integers)])
-        return jax.jit(on_array, keep_unused=True)  # its sharding is that of the result
+    def padded(self, x: Any) -> Any:
+        """Zeros behind the last row of the leaf, as `split` pads with."""
+        axis, rows = block_axis(self.lengths), len(x)
+        if self.lengths[axis] % rows == 0:
+            return x
+        row = self.index[axis] * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        return jnp.where(row < self.lengths[axis], x, jnp.zeros_like(x))
 
-    @functools.wraps(fn)
-    def equation(x, *integers):
-        return with_integers(integers)(x)
 
-    return equation
+def block_axis(shape: tuple[int, ...]) -> int:
+    """The axis that blocks lie along: the second-to-last, of a vector its only one."""
+    return max(len(shape) - 2, 0)
 
 
-@own_equation
+class TileOperation:
+    """A function of an array and integers as one equation: a JAX primitive.
+
+    Arguments other than the array are the equation's parameters. `axis` and `block` say that a
+    block of elements along an axis shares one element of the input or of the output.
+
+    Args:
+      on_leaf: the function.
+      shared: which of the two has one element per block; None if neither has.
+    """
+
+    def __init__(self, on_leaf: Callable[..., Any], shared: Literal["input", "output"] | None):
+        names = list(inspect.signature(on_leaf).parameters)[1:]
+        self.parameters, self.shared = names, shared
+        # Unused inputs are kept for their sharding, which is that of the result.
+        self.on_leaf = jax.jit(on_leaf, static_argnames=names, keep_unused=True)
+        self.primitive = Primitive(f"adam_jax_{on_leaf.__name__}")
+        self.primitive.def_impl(self.on_leaf)
+        self.primitive.def_abstract_eval(self._type)
+        lowering = mlir.lower_fun(self.on_leaf, multiple_results=False)
+        mlir.register_lowering(self.primitive, lowering)
+        batching.primitive_batchers[self.primitive] = self._batched
+        ad.primitive_jvps[self.primitive] = self._jvp
+        functools.update_wrapper(self, on_leaf)
+
+    def __call__(self, x: jax.Array, *integers: int) -> jax.Array:
+        return self.primitive.bind(x, **dict(zip(self.parameters, integers, strict=True)))
+
+    def for_tile(self, on_tile: Callable[..., Any]) -> Callable[..., Any]:
+        """A decorator: `on_tile(tile, x, **parameters)` is the form for a tile."""
+        self.on_tile = on_tile
+        return on_tile
+
+    def _type(self, x: Any, **parameters: int) -> Any:
+        on_leaf = functools.partial(self.on_leaf, **parameters)
+        return jax.make_jaxpr(on_leaf)(x).out_avals[0]
+
+    def _batched(self, inputs: Any, axes: Any, **parameters: int) -> tuple[Any, int]:
+        on_leaf = functools.partial(self.on_leaf, **parameters)
+        return jax.vmap(on_leaf, axes)(*inputs), 0
+
+    def _jvp(self, primals: Any, tangents: Any, **parameters: int) -> tuple[Any, Any]:
+        on_leaf = functools.partial(self.on_leaf, **parameters)
+        return jax.jvp(on_leaf, primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+
+OPERATIONS: dict[Primitive, TileOperation] = {}
+
+
+def tile_operation(
+    shared: Literal["input", "output"] | None = None,
+) -> Callable[[Callable[..., Any]], TileOperation]:
+    """A decorator for the form of a leaf; `for_tile` of the result takes the other one."""
+
+    def decorated(on_leaf):
+        operation = TileOperation(on_leaf, shared)
+        OPERATIONS[operation.primitive] = operation
+        return operation
+
+    return decorated
+
+
+# --- The operations -------------------------------------------------------------------------------
+
+
+@tile_operation()
 def positions(like: jax.Array) -> jax.Array:
-    """The number of every element of `like`, row by row, in 32 bits."""
-    # The zeros are where `like` is: a sum of iotas alone would be made on every device in full.
+    """The index of every element of `like` in row-major order, modulo 2**32."""
+    # The zeros are sharded as `like` is. A sum of iotas alone would be replicated.
     position = jnp.zeros_like(like, jnp.uint32)
     for axis, length in enumerate(like.shape):
-        stride = jnp.uint32(math.prod(like.shape[axis + 1 :]) % 2**32)
-        along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * stride
+        along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * _stride(like.shape, axis)
         position = position + along.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
     return position
 
 
-@own_equation
-def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """The largest magnitude of every block, in bfloat16, rounded up; not a number if one is not.
+@positions.for_tile
+def _(tile: Tile, x: Any) -> Any:
+    position = jnp.zeros(x.shape, jnp.uint32)
+    for axis, length in enumerate(tile.shape):
+        along: Any = tile.index[axis] * length
+        if tile.offset is not None:
+            along += tile.offset[axis]
+        if (axis_of_x := axis - len(tile.shape) + x.ndim) >= 0:
+            along += jax.lax.broadcasted_iota(jnp.int32, x.shape, axis_of_x)
+        position += along.astype(jnp.uint32) * _stride(tile.leaf_shape, axis)
+    return position
 
-    XLA's CPU backend leaves a maximum of floats to a library, and for that writes the floats to
-    memory: a moment in float32, which a storage is there to avoid. Of integers it compiles the
-    maximum into the kernel that makes them, and as integers magnitudes have the same order. A
-    maximum of 8 is unrolled and vectorized, a longer one along this axis is not.
+
+def _stride(shape: tuple[int, ...], axis: int) -> np.uint32:
+    """The distance in row-major order from one element to the next along an axis."""
+    return np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
+
+
+@tile_operation(shared="output")
+def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """The largest magnitude of every block, in bfloat16, rounded up; NaN if a magnitude is NaN.
+
+    The maximum is one of integers: the bits of magnitudes have the order of the magnitudes. XLA's
+    CPU backend leaves a maximum of floats to a library, and for that writes the moment to memory in
+    float32, which a storage is there to avoid. It fuses a maximum of integers. A maximum of 8 it
+    unrolls and vectorizes, a longer one along this axis not.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
-    bits = jnp.minimum(bits, np.int32(0x7FC00000))  # one NaN, so that rounding up cannot pass it
+    bits = _magnitudes(x)
     rounded_up = lambda bits: ((bits + np.int32(0xFFFF)) >> 16).astype(jnp.int16)  # noqa: E731
     if x.shape[axis] <= block:
         bits = rounded_up(jnp.max(bits, axis, keepdims=True))
@@ -76,50 +180,97 @@ def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
     else:
         bits = rounded_up(jnp.max(split(bits, axis, PIECE), axis + 1))
         pieces = split(bits, axis, block // PIECE)
-        each = [jax.lax.index_in_dim(pieces, i, axis + 1, False) for i in range(block // PIECE)]
-        bits = functools.reduce(jnp.maximum, each)
+        maxima = [jax.lax.index_in_dim(pieces, i, axis + 1, False) for i in range(block // PIECE)]
+        bits = functools.reduce(jnp.maximum, maxima)
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-@own_equation
+@largest.for_tile
+def _(tile: Tile, x: Any, axis: int, block: int) -> Any:
+    bits = jnp.max(_rows_in_blocks(tile.padded(_magnitudes(x)), block), 1)
+    bits = (bits + np.int32(0xFFFF)) & np.int32(-0x10000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+def _magnitudes(x: jax.Array) -> jax.Array:
+    """The bits of the magnitudes; all NaNs have the same, which rounding up keeps a NaN."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
+    return jnp.minimum(bits, np.int32(0x7FC00000))
+
+
+@tile_operation(shared="input")
 def spread(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
-    """One number of every block for each of its elements."""
+    """One number per block, repeated for each of its elements."""
     lengths = list(x.shape)
     if x.shape[axis] == 1:
         lengths[axis] = length
         return jnp.broadcast_to(x, lengths)
     lengths.insert(axis + 1, block)
     repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), lengths)
-    whole = joined(repeated, axis)
-    return jax.lax.slice_in_dim(whole, 0, length, axis=axis)
+    return jax.lax.slice_in_dim(merged(repeated, axis), 0, length, axis=axis)
 
 
-@own_equation
-def packed(codes: jax.Array, axis: int, bits: int) -> jax.Array:
-    """The codes of a few bits in bytes: neighbours along an axis, the first in the lowest bits."""
-    pairs = split(codes, axis, 8 // bits) << _shifts(codes.ndim, axis, bits)
-    return jax.lax.reduce(pairs, np.uint8(0), jax.lax.bitwise_or, [axis + 1])
+@spread.for_tile
+def _(tile: Tile, x: Any, axis: int, block: int, length: int) -> Any:
+    return _repeated_rows(x, block).reshape(-1, *x.shape[1:])
 
 
-@own_equation
-def unpacked(codes: jax.Array, axis: int, bits: int, length: int) -> jax.Array:
-    """What `packed` has packed, the first `length` codes of the axis."""
-    pairs = (jnp.expand_dims(codes, axis + 1) >> _shifts(codes.ndim, axis, bits)) & (2**bits - 1)
-    return jax.lax.slice_in_dim(joined(pairs, axis), 0, length, axis=axis)
+@tile_operation(shared="output")
+def packed(codes: jax.Array, axis: int, block: int) -> jax.Array:
+    """Blocks of neighbouring codes, one byte for each block: the first code in the lowest bits."""
+    shifted = split(codes, axis, block) << _shifts(codes.ndim, axis, block)
+    return jax.lax.reduce(shifted, np.uint8(0), jax.lax.bitwise_or, [axis + 1])
 
 
-def _shifts(ndim: int, axis: int, bits: int) -> np.ndarray:
+@packed.for_tile
+def _(tile: Tile, codes: Any, axis: int, block: int) -> Any:
+    codes = _rows_in_blocks(tile.padded(codes.astype(jnp.int32)), block)
+    shifted = codes << _shifts_of_tile(codes.shape)
+    return jnp.sum(shifted, 1, dtype=jnp.int32).astype(jnp.uint8)
+
+
+@tile_operation(shared="input")
+def unpacked(codes: jax.Array, axis: int, block: int, length: int) -> jax.Array:
+    """The first `length` codes of the axis that `packed` has packed."""
+    shifted = jnp.expand_dims(codes, axis + 1) >> _shifts(codes.ndim, axis, block)
+    codes = merged(shifted & (2 ** (8 // block) - 1), axis)
+    return jax.lax.slice_in_dim(codes, 0, length, axis=axis)
+
+
+@unpacked.for_tile
+def _(tile: Tile, codes: Any, axis: int, block: int, length: int) -> Any:
+    shifted = _repeated_rows(codes.astype(jnp.int32), block)
+    shifted = shifted >> _shifts_of_tile(shifted.shape)
+    unpacked = shifted & np.int32(2 ** (8 // block) - 1)
+    return unpacked.reshape(-1, *codes.shape[1:]).astype(jnp.uint8)
+
+
+def _shifts(ndim: int, axis: int, block: int) -> np.ndarray:
     """How far each code of a byte is shifted, along an axis of its own."""
     shape = [-1 if a == axis + 1 else 1 for a in range(ndim + 1)]
-    return np.arange(0, 8, bits, dtype=np.uint8).reshape(shape)
+    return np.arange(0, 8, 8 // block, dtype=np.uint8).reshape(shape)
+
+
+def _shifts_of_tile(shape: tuple[int, ...]) -> Any:
+    """The same along axis 1, made of an iota: a kernel must not close over arrays."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) * np.int32(8 // shape[1])
+
+
+def _rows_in_blocks(x: Any, block: int) -> Any:
+    """The rows of a tile as two axes: which block, and which row of it."""
+    return x.reshape(-1, block, *x.shape[1:])
+
+
+def _repeated_rows(x: Any, block: int) -> Any:
+    """Every row of a tile `block` times, along a new axis 1."""
+    return jnp.broadcast_to(jnp.expand_dims(x, 1), (len(x), block, *x.shape[1:]))
+
+
+# --- On leaves only -------------------------------------------------------------------------------
 
 
 def mean(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """The mean of every block, which must divide the axis.
-
-    Of complex numbers XLA's CPU backend compiles short sums into the kernel that makes them (see
-    `largest`), so there the longest part of a sum is one of those.
-    """
+    """The mean of every block, which must divide the axis."""
     if block == 1:
         return x
     if block < x.shape[axis]:
@@ -127,19 +278,22 @@ def mean(x: jax.Array, axis: int, block: int) -> jax.Array:
         return jnp.squeeze(mean(x, axis + 1, block), axis + 1)
     few = max(n for n in range(1, PIECE + 1) if block % n == 0)
 
-    def in_kernel(x):
+    def of_complex(x):
+        """As `largest`: XLA's CPU backend fuses a short sum if it is one of complex numbers."""
         pieces = split(x, axis, few)
         sums = jnp.sum(jax.lax.complex(pieces, jnp.zeros_like(pieces)), axis + 1).real
         return jnp.sum(sums, axis, keepdims=True) / block
 
-    plain = lambda x: jnp.mean(x, axis, keepdims=True)  # noqa: E731
+    def plain(x):
+        return jnp.mean(x, axis, keepdims=True)
+
     if (block // few) % parts_of_axis(x, axis):
         return plain(x)
-    return jax.lax.platform_dependent(x, cpu=in_kernel, default=plain)
+    return jax.lax.platform_dependent(x, cpu=of_complex, default=plain)
 
 
 def split(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """An axis as two: which block, and where in it. The last block is filled up with zeros."""
+    """An axis as two: which block, and where in it. The last block is padded with zeros."""
     length = x.shape[axis]
     if length % block:
         x = in_one_part(x, axis)
@@ -150,6 +304,6 @@ def split(x: jax.Array, axis: int, block: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
 
-def joined(x: jax.Array, axis: int) -> jax.Array:
-    """What `split` has split, with what it filled up."""
+def merged(x: jax.Array, axis: int) -> jax.Array:
+    """The two axes that `split` made as one again, with the padding."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])

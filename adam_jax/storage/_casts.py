@@ -10,15 +10,15 @@ from adam_jax.storage._protocol import Storage, in_dtype, only_first
 
 
 def cast(dtype: Any) -> Storage:
-    r"""Keep a moment in another dtype, rounded to the nearest number: all leaves, small ones too.
+    r"""Keep a moment in another dtype, rounded to nearest: of all leaves, small ones too.
 
-    A dtype in the place of a storage means the same, and so does `mu_dtype`. Careful with a second
-    moment in bfloat16: with :math:`b_2 = 0.999` it changes by less than half a spacing in a step,
-    so it stalls. `stochastic` does not.
+    A dtype given as a storage means the same, and so does `mu_dtype`. A second moment in bfloat16
+    stalls: with :math:`b_2 = 0.999` it changes by less than half a spacing in a step, which rounds
+    to no change. `stochastic` does not stall.
 
     Args:
-      dtype: a floating-point dtype, for the first moment of complex parameters a complex one. One
-        with less range than bfloat16 is for first moments only.
+      dtype: a floating-point dtype; for the first moment of complex parameters a complex dtype. A
+        dtype with less range than bfloat16 is for first moments only.
 
     Returns:
       A `Storage`.
@@ -45,9 +45,9 @@ def stochastic(dtype: Any = jnp.bfloat16, seed: int = 0) -> Storage:
     .. math:: E[\operatorname{load}(\operatorname{save}(x))] = x
 
     Args:
-      dtype: a real floating-point dtype of fewer than 32 bits; one with less range than bfloat16 is
-        for first moments only. Default bfloat16.
-      seed: an integer that starts the random bits. Default 0.
+      dtype: a real floating-point dtype of fewer than 32 bits. A dtype with less range than
+        bfloat16 is for first moments only. Default bfloat16.
+      seed: an integer, the seed of the random bits. Default 0.
 
     Returns:
       A `Storage`.

@@ -1,4 +1,4 @@
-"""Storages that keep means of the second moment instead of the moment."""
+"""Storages that keep means of the second moment, in blocks or by rows and columns."""
 
 import re
 from collections.abc import Callable
@@ -13,12 +13,14 @@ from adam_jax.storage._protocol import Storage, is_large
 
 
 class Factors(NamedTuple):
-    """Second moments by their means along their two largest axes, which stay as axes of length 1.
+    """Second moments as their means along each of their two largest axes.
+
+    An axis that a mean was taken along stays, with length 1.
 
     Attributes:
       rows: the means along the largest axis.
-      columns: the means along the second largest.
-      whole: the leaves that are not kept by their means.
+      columns: the means along the second largest axis.
+      whole: the leaves that are not kept as means.
     """
 
     rows: Any
@@ -31,12 +33,13 @@ def factored() -> Storage:
 
     .. math:: v_{ij} \approx R_i C_j / \operatorname{mean}(R)
 
-    over the two largest axes. Saving is linear and forgets nothing that loading shows, so what is
-    kept is Adafactor's estimate to the letter. The step sees the squares of its own gradient
-    element by element; for Adafactor's own step, average them too (see `block_mean`).
+    where :math:`R` and :math:`C` are the means along the two largest axes. Saving is linear and
+    ``save(load(x)) == x``, so what is kept is exactly Adafactor's estimate. The step itself uses
+    the moment before it is saved, in which the squares of this step's gradient are not averaged.
+    To average those too, as Adafactor does, give a rule that averages (see `block_mean`).
 
-    A square that overflows stops its row, as it stops its element in float32, and leaves the others
-    as they are. Inside `jax.shard_map` the means are those of the local part of a leaf.
+    An infinite v makes the updates of its row 0, as it makes those of its element 0 in float32; the
+    other rows do not change. Inside `jax.shard_map` the means are those of a shard.
 
     Returns:
       A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
@@ -58,8 +61,8 @@ def factored() -> Storage:
     def save(moment, leaf):
         second, largest = largest_axes(leaf.shape)
         rows = _tiles.mean(moment, largest, leaf.shape[largest])
-        # An infinite square is remembered by its row alone: if its column were infinite too, so
-        # would all rows be after the next step, and all products of the two not a number.
+        # An infinite square counts in the mean of its row only. With an infinite mean of its column
+        # it would be loaded in every row, and after the next step all rows would be infinite.
         columns = _tiles.mean(_finite(moment), second, leaf.shape[second])
         return Factors(rows, columns)
 
@@ -83,19 +86,18 @@ def transformer_blocks(
 ) -> tuple[int, ...] | None:
     """Adam-mini's blocks for the transformers of Flax, whose kernels end in the output axis.
 
-    A block is a row of an embedding (one token), a head of a query or key kernel of shape
-    (features, heads, length), one output of any other kernel.
+    A block is one row (one token) of an embedding, one head of a query or key kernel of shape
+    (features, heads, length), or one output of any other kernel.
 
     Args:
-      path: the place in the tree of parameters, like "layers/0/attention/query/kernel".
+      path: the path in the tree of parameters, like "layers/0/attention/query/kernel".
       shape: the shape of the parameter.
-      stacked: how many leading axes hold layers, as `nnx.scan`, `nnx.vmap` and Linen's `nn.scan`
-        stack them: each layer has blocks of its own. ``block_mean(partial(transformer_blocks,
-        stacked=1))`` for a model whose layers are stacked. A shape does not tell by itself. Default
-        0.
+      stacked: the number of leading axes that stack layers, as `nnx.scan`, `nnx.vmap` and Linen's
+        `nn.scan` make them: each layer has its own blocks. Default 0. For a model of stacked layers
+        give ``block_mean(partial(transformer_blocks, stacked=1))``.
 
     Returns:
-      The shape of a block, or None for a parameter of fewer than two axes: not in blocks.
+      The shape of a block, or None for a parameter of fewer than two axes, which has no blocks.
 
     Example:
       >>> transformer_blocks("layers/0/attention/query/kernel", (768, 12, 64))
@@ -122,24 +124,25 @@ def transformer_blocks(
 def block_mean(
     blocks: Callable[[str, tuple[int, ...]], tuple[int, ...] | None] = transformer_blocks,
 ) -> Storage:
-    r"""Keep one second moment a block, the mean of its elements.
+    r"""Keep one second moment per block: the mean of its elements.
 
     .. math:: v_{b,i} \approx \frac{1}{|b|} \sum_{j \in b} v_{b,j}
 
-    What is kept is Adam-mini's moment to the letter. The step sees the squares of its own gradient
-    element by element; for Adam-mini's own step let the rule average them too, as below.
+    What is kept is exactly Adam-mini's moment. The step itself uses the moment before it is saved,
+    in which the squares of this step's gradient are not averaged. To average those too, as
+    Adam-mini does, give a rule that averages: the last lines of the example.
 
     Args:
       blocks: a function from the path and the shape of a parameter to the shape of its blocks,
-        which must divide it, or to None for a parameter that is kept whole. Default
-        `transformer_blocks`, for stacked layers with its argument `stacked`.
+        which must divide the parameter's, or to None for a parameter that is kept whole. Default
+        `transformer_blocks`.
 
     Returns:
-      A `Storage` for `nu_storage`; it keeps an array with one element a block.
+      A `Storage` for `nu_storage`; it keeps an array with one element per block.
 
     Raises:
       TypeError: if `blocks` is not a function.
-      ValueError: in `init`, if a block does not divide the parameter it is for.
+      ValueError: in `init`, if the shape of a block does not divide that of its parameter.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp

@@ -10,12 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from adam_jax._checks import check_dtype, kind
-from adam_jax._numerics import accumulator, is_complex, real
+from adam_jax._numerics import SMALL, accumulator, is_complex, real
 from adam_jax._ownership import at, leaves_by_path, path_name, placeholder
 from adam_jax._random import random_bits
 from adam_jax.sharding import as_param
-
-SMALL = 4096  # elements: below, a leaf saves nothing worth its rounding, or a kernel of its own
 
 
 @dataclass(frozen=True)
@@ -192,9 +190,7 @@ class Slot(NamedTuple):
                 parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
             else:
                 parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
-            return [
-                as_param(placeholder(leaf.shape) if x is None else x, param) for x in parts
-            ]
+            return [as_param(placeholder(leaf.shape) if x is None else x, param) for x in parts]
 
         return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
 

@@ -1,4 +1,4 @@
-"""What a storage makes of a model: bytes, leaf by leaf."""
+"""How many bytes a storage takes for a model, leaf by leaf."""
 
 from typing import Any
 
@@ -10,23 +10,24 @@ from adam_jax.storage._protocol import Slot
 
 
 def report(storage: Any, params: Any, moment: str = "nu") -> str:
-    """Which leaves of a model a storage keeps, in how many bytes, and which stay whole.
+    """The bytes that a storage keeps of each leaf of a model, as a table.
 
-    Nothing is allocated: the arrays of the parameters may be `jax.ShapeDtypeStruct`.
+    Nothing is allocated: the parameters may be `jax.ShapeDtypeStruct`.
 
     Args:
-      storage: a `Storage`, a dtype, or None, as in `mu_storage` and `nu_storage`.
+      storage: what `mu_storage` and `nu_storage` take: a `Storage`, a dtype, or None.
       params: a tree of parameters, or of their shapes.
       moment: "mu" or "nu". Default "nu".
 
     Returns:
-      A table in plain text. A line for each leaf has its path, its shape, what is kept of it, the
-      bytes of that, and the bytes per element. "whole" is what stays as it is computed. The last
-      line has the bytes per parameter, and the share of the parameters whose moment stays whole.
+      A table in plain text, with a line for each leaf: its path, its shape, the arrays that are
+      kept, their bytes, and their bytes per element. "whole" marks a moment that is kept as it is
+      computed. The last line has the bytes per parameter, and the share of the parameters whose
+      moment is kept whole.
 
     Raises:
-      TypeError: if `storage` is neither a `Storage` nor a dtype, or a parameter is neither floating
-        point nor complex.
+      TypeError: if `storage` is neither a `Storage` nor a dtype, or if a parameter is neither
+        floating-point nor complex.
       ValueError: if the storage is not for this moment.
 
     Example:
@@ -40,26 +41,38 @@ def report(storage: Any, params: Any, moment: str = "nu") -> str:
     Source: the shapes of the state that `init` makes, by `jax.eval_shape`.
     """
     check_params("report", params)
-    slot, plain = (Slot.of("report", moment, how) for how in (storage, None))
-    kept, full = (jax.eval_shape(s.init, params) for s in (slot, plain))
+    slot, plain_slot = (Slot.of("report", moment, how) for how in (storage, None))
+    kept, plain = (jax.eval_shape(s.init, params) for s in (slot, plain_slot))
     structure: Any = jax.tree.structure(params)
-    names = slot.storage.parts._fields if slot.storage.parts else ("",)
-    trees = [structure.flatten_up_to(tree) for tree in (kept if slot.storage.parts else [kept])]
-    shape = lambda x: f"[{','.join(map(str, x.shape))}]"  # noqa: E731
-    like = lambda x: f"{x.dtype}{shape(x)}"  # noqa: E731
+    parts = slot.storage.parts
+    names = parts._fields if parts else ("",)
+    trees = [structure.flatten_up_to(tree) for tree in (kept if parts else [kept])]
+    leaves = jax.tree_util.tree_leaves_with_path(plain)
     rows, elements, total, whole = [], 0, 0, 0
-    leaves = jax.tree_util.tree_leaves_with_path(full)
-    for (path, leaf), *stored in zip(leaves, *trees, strict=True):
-        arrays = {name: x for name, x in zip(names, stored, strict=True) if x.dtype != bool}
-        what = " + ".join(f"{name} {like(x)}".strip() for name, x in arrays.items())
-        if like(stored[-1]) == like(leaf):
-            what, whole = f"whole {like(leaf)}", whole + leaf.size
-        size = sum(x.size * x.dtype.itemsize for x in arrays.values())
-        each = f"{size / max(leaf.size, 1):.2f} per element"
-        rows.append([path_name(path), shape(leaf), what, f"{size:,} bytes", each])
-        elements, total = elements + leaf.size, total + size
+    for (path, leaf), *arrays in zip(leaves, *trees, strict=True):
+        is_whole = _described(arrays[-1]) == _described(leaf)
+        described = [
+            f"{name} {_described(x)}".strip()
+            for name, x in zip(names, arrays, strict=True)
+            if x.dtype != bool  # a placeholder
+        ]
+        size = sum(x.size * x.dtype.itemsize for x in arrays if x.dtype != bool)
+        rows.append(
+            [
+                path_name(path),
+                _described(leaf).removeprefix(str(leaf.dtype)),
+                f"whole {_described(leaf)}" if is_whole else " + ".join(described),
+                f"{size:,} bytes",
+                f"{size / max(leaf.size, 1):.2f} per element",
+            ]
+        )
+        elements, total, whole = elements + leaf.size, total + size, whole + leaf.size * is_whole
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).strip() for row in rows]
     mean, share = (n / max(elements, 1) for n in (total, whole))
     last = f"{elements:,} parameters in {total:,} bytes: {mean:.2f} per parameter"
     return "\n".join([*lines, f"{last}, {share:.2%} whole"])
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"

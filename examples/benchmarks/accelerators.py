@@ -171,19 +171,26 @@ def _bracketed(text: str) -> str:
 ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
 
 
+def size(array: tuple[str, str, str, str]) -> int:
+    """The number of elements of a match of ARRAY."""
+    _, _, lengths, _ = array
+    return math.prod(int(length) for length in lengths.split(",") if length)
+
+
 def nbytes(shape: str) -> int:
     """Bytes in the device's memory of an array or a tuple of them.
 
     What is marked S(1) and so on lies in a memory of the chip itself.
     """
     total = 0
-    for kind, bits, lengths, layout in ARRAY.findall(shape):
+    for array in ARRAY.findall(shape):
+        kind, bits, _, layout = array
         if "S(" not in layout:
-            elements = math.prod(int(length) for length in lengths.split(",") if length)
-            total += elements * (8 if kind == "pred" else int(bits)) // 8
+            total += size(array) * (8 if kind == "pred" else int(bits)) // 8
     return total
 
 
+SCALARS = 16  # elements: a stage keeps its scalars in one small array
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done"}
 NESTED = {"call", "while", "conditional", "async-start"}  # not what a step is made of
 
@@ -191,7 +198,7 @@ NESTED = {"call", "while", "conditional", "async-start"}  # not what a step is m
 def work(compiled: Any) -> tuple[int, int]:
     """The kernels of a module, and the bytes that they read and write: all operands and results.
 
-    What makes scalars only is no kernel here, and its bytes count.
+    What makes nothing larger than a stage's scalars is no kernel here, but its bytes count.
     """
     entry = computations(compiled.as_text())["ENTRY"]
     shapes = {instruction.name: instruction.shape for instruction in entry}
@@ -201,7 +208,7 @@ def work(compiled: Any) -> tuple[int, int]:
             raise ValueError(f"The kernels inside a {operation} would not be counted.")
         if operation in FREE or "ConcatBitcast" in attributes:
             continue
-        kernels += any(lengths for _, _, lengths, _ in ARRAY.findall(shape))
+        kernels += max(map(size, ARRAY.findall(shape)), default=0) > SCALARS
         if operation in ("copy-start", "slice-start"):  # its shape: (to, from, …), ((from), to, …)
             to = [match[0] for match in ARRAY.finditer(shape)][operation == "slice-start"]
             moved += nbytes(to) + nbytes(re.sub(r"S\(\d+\)", "", to))
