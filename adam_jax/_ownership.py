@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 NONE = -1
 
@@ -67,7 +68,7 @@ def _is_count(part: Any) -> bool:
 
 def is_placeholder(part: Any) -> bool:
     """Whether it stands where a leaf has no such part: nothing else in a state is boolean."""
-    return getattr(part, "dtype", None) == bool
+    return getattr(part, "dtype", np.dtype(float)).kind == "b"
 
 
 def placeholder(shape: tuple[int, ...]) -> jax.Array:

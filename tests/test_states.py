@@ -197,7 +197,7 @@ def test_a_state_without_x64_goes_on_under_it(name):
     finally:
         jax.config.update("jax_enable_x64", False)
     expected, _ = run(tx, state)
-    assert_close([jax.tree.map(lambda u: u[i], updates) for i in range(3)], expected, "contracted")
+    assert_close(updates, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected), "contracted")
 
 
 # --- What sets the moments to zero ----------------------------------------------------------------

@@ -273,7 +273,7 @@ def ulps(found: Any, due: Any, least: Any) -> np.ndarray:
 
 def apart(found: Any, due: Any, before: Any, is_weight: bool) -> tuple[str, np.ndarray]:
     """The kind of a leaf, and how far apart its elements are."""
-    if jnp.issubdtype(due.dtype, jnp.integer):
+    if not jnp.issubdtype(due.dtype, jnp.inexact):
         steps = np.abs(found.astype(np.int64) - due.astype(np.int64))
         return ("codes", steps) if due.size > 1 else ("scalars", np.where(steps, np.inf, 0))
     if is_weight:
