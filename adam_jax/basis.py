@@ -107,7 +107,7 @@ def in_basis(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.in_basis(adam_jax.basis.eigenvectors(), adam_jax.adam(0.1, eps=0.0))
+      >>> tx = adam_jax.in_basis(adam_jax.basis.eigenvectors(), adam_jax.adam(0.1, eps=1e-3))
       >>> params = jnp.zeros((2, 2))
       >>> grads = jnp.array([[3.0, 3.0], [1.0, -1.0]])
       >>> state = tx.init(params)

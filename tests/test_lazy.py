@@ -11,6 +11,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from support import assert_close, make_step
 
 import adam_jax
@@ -335,6 +336,17 @@ def test_flax():
     changed = [row for row in range(6) if bits(old[row]) != bits(new[row])]
     assert changed == [1, 4]
     assert bits(before["head"]) != bits(nnx.state(model)["head"])
+
+
+def test_devices_with_whole_rows(problem):
+    """Inside jax.shard_map each has some rows, and the numbers are those of one device."""
+    params, gradients = problem
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    run = jax.shard_map(
+        lambda params, gradients: scanned(LAZY, params, gradients),
+        mesh=mesh, in_specs=(P("x"), P(None, "x")), out_specs=P(None, "x"),
+    )  # fmt: skip
+    assert_close(jax.jit(run)(params, gradients), scanned(LAZY, params, gradients), "fused")
 
 
 def test_an_unfiltered_model():
