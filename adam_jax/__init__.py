@@ -53,7 +53,15 @@ from adam_jax.rounding import CompensateState, compensate, round_stochastically
 from adam_jax.rules import accumulated, belief, infinity, squared
 from adam_jax.sharding import state_shardings
 from adam_jax.signal import Moments
-from adam_jax.updates import CountState, clip_by_schedule, scale_by_lr
+from adam_jax.updates import (
+    AccumulateState,
+    CountState,
+    accumulate,
+    clip_by_schedule,
+    decay_weights,
+    scale_by_lr,
+    scale_by_trust_ratio,
+)
 
 __version__ = "0.1.0"
 
@@ -89,8 +97,11 @@ __all__ = [
     "atan2",
     "first_moment",
     # updates to updates
-    "clip_by_schedule",
     "scale_by_lr",
+    "decay_weights",
+    "accumulate",
+    "scale_by_trust_ratio",
+    "clip_by_schedule",
     # updates to updates that low-precision parameters land on
     "round_stochastically",
     "compensate",
@@ -112,6 +123,7 @@ __all__ = [
     "RunningMaxState",
     "MixSlowMomentState",
     "CountState",
+    "AccumulateState",
     "CompensateState",
     # whole optimizers, one chain each
     "sgd",

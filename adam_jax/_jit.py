@@ -21,10 +21,10 @@ def once(fn: Callable[..., Any], *args: Any) -> Any:
       args: trees of arrays, numbers and functions.
     """
     leaves, structure = jax.tree.flatten((fn, args))
-    if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        return fn(*args)
-    arrays, static = _split(leaves, structure)
-    return _joined(*_on_arrays(arrays, static))
+    for leaf in leaves:
+        if isinstance(leaf, Tracer):
+            return _joined(*_on_arrays(*_split(leaves, structure)))
+    return fn(*args)
 
 
 @functools.partial(jax.jit, static_argnums=1)

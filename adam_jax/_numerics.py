@@ -1,12 +1,14 @@
 """The dtypes to compute in, the count of steps, and a division that a zero does not spoil."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-Scalar = jax.Array | float
+Scalar: TypeAlias = jax.Array | float
+Rate: TypeAlias = Scalar | Callable[[jax.Array], Any]  # or a schedule from the steps taken so far
 
 SMALL = 4096  # elements: a leaf with fewer saves nothing worth rounding it, or a kernel of its own
 
@@ -72,7 +74,8 @@ def quotient(
     find that out for every leaf, which a model of many leaves spends a fifth of its compilation on.
     Without epsilons the guard is under the root, because XLA makes one operation of m / √v.
     """
-    zero, zero_root = (isinstance(e, float) and e == 0 for e in (eps, eps_root))
+    zero = isinstance(eps, float) and eps == 0
+    zero_root = isinstance(eps_root, float) and eps_root == 0
     if not zero_root:
         nu = nu + scalar(eps_root, nu.dtype)
     elif zero:
@@ -80,7 +83,10 @@ def quotient(
     root = sqrt(nu)
     if not zero:
         root = root + scalar(eps, nu.dtype)
-    known = any(isinstance(e, float) and e >= jnp.finfo(nu.dtype).tiny for e in (eps, eps_root))
+    tiny = jnp.finfo(nu.dtype).tiny
+    known = (isinstance(eps, float) and eps >= tiny) or (
+        isinstance(eps_root, float) and eps_root >= tiny
+    )
     divide = jax.lax.div if known or (zero and zero_root) else safe_divide
     return divide(mu, root.astype(mu.dtype))
 

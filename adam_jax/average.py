@@ -92,8 +92,8 @@ def mixed(average: jax.Array, new: jax.Array, decay: Scalar) -> jax.Array:
 
 # --- The weights that a state keeps ---------------------------------------------------------------
 
-# A column for each moment, and these rows. All zeros mean that the rate has been what it is now since
-# the first step.
+# A column for each moment, and these rows. All zeros mean that the rate has been what it is now
+# since the first step.
 #   the weight that the moment has gathered;
 #   the weight after the next step: no step reads it from the state. It stands here because XLA
 #     orders the arithmetic of a leaf otherwise if a scalar that the leaf uses is not kept, and then
@@ -128,12 +128,13 @@ def step_weights(
             f"make the state with init(), where zeros stand for weights under rates that never "
             f"changed. One of adam_jax 0.1.0 goes on by adam_jax.from_optax."
         )
-    now, following = (
-        tuple(check_scalar(name, b(t)) if callable(b) else b for name, b in rates.items())
-        for t in (count, increment(count))
-    )
-    constant = tuple(isinstance(b, float) for b in rates.values())
-    weights, columns = _step(weights, now, following, increment(count), constant=constant)
+    t = increment(count)
+    now, following = list(rates.values()), list(rates.values())
+    for i, (name, b) in enumerate(rates.items()):
+        if callable(b):
+            now[i], following[i] = check_scalar(name, b(count)), check_scalar(name, b(t))
+    constants = tuple([b if isinstance(b, float) else None for b in rates.values()])
+    weights, columns = _step(weights, now, following, t, constants=constants)
     averages = {}
     for name, b, next_b, column in zip(rates, now, following, columns, strict=True):
         before, weight, next_weight, length_before, length = column
@@ -142,8 +143,8 @@ def step_weights(
     return averages, weights
 
 
-@functools.partial(jax.jit, static_argnames="constant", inline=True)
-def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constant: Any) -> Any:
+@functools.partial(jax.jit, static_argnames="constants", inline=True)
+def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constants: Any) -> Any:
     """The weights after step t, and for each moment five scalars.
 
     All moments at once: a device takes longer to start a kernel than to do this arithmetic.
@@ -154,37 +155,33 @@ def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constan
     )
     value, _, error, age, last = jnp.where(t == 1, 0, weights.astype(dtype))
     unchanged = (value == 0) | (last == now)
+    constant = np.array([b is not None for b in constants])
     if any(constant):
         # As long as a rate is one number the weight is 1 - b**t, optax's arithmetic to the letter,
         # so that the results are bitwise its results.
-        closed = unchanged & np.array(constant)
-        b = jnp.where(np.array(constant), now, 0)
+        closed = unchanged & constant
+        b = np.array([b or 0.0 for b in constants])
+        limit, b = (2 / (1 - b) - 1).astype(dtype), b.astype(dtype)
         at = t.astype(dtype)
         value = jnp.where(closed, 1 - b ** (at - 1), value)
         error = jnp.where(closed, 0, error)
-        age = jnp.where(closed, _age(_length(b, at - 1), value), age)
+        # Zeros after steps: a state made by hand, such as one that was taken over from optax.
+        age = jnp.where(closed & (last == 0), _age(_length(limit, b, at - 1), value), age)
     gathered, gathered_error, gathered_age = _gathered(value, error, age, now)
     next_weight = _gathered(gathered, gathered_error, gathered_age, following)[0]
     length = 2 * gathered_age / _divisor(gathered) + 1
     if any(constant):
         gathered = jnp.where(closed, 1 - b**at, gathered)
         next_weight = jnp.where(closed, 1 - b ** (at + 1), next_weight)
-        length = jnp.where(closed, _length(b, at), length)
-        gathered_age = jnp.where(closed, _age(length, gathered), gathered_age)
+        length = jnp.where(closed, _length(limit, b, at), length)
     rate = jnp.where(unchanged, now, -now)
     kept = jnp.stack([gathered, next_weight, gathered_error, gathered_age, rate])
     kept = jax.lax.optimization_barrier(kept)
     length_before = 2 * age / _divisor(value) + 1
     rows = value, kept[0], kept[1], length_before, length
-    columns = [tuple(row[i] for row in rows) for i in range(len(constant))]
+    columns = [tuple(row[i] for row in rows) for i in range(len(constants))]
     return kept, [
-        (
-            value,
-            _divisor(weight),
-            _divisor(next_weight),
-            length_before,
-            length,
-        )
+        (value, _divisor(weight), _divisor(next_weight), length_before, length)
         for value, weight, next_weight, length_before, length in columns
     ]
 
@@ -201,10 +198,10 @@ def _divisor(weight: jax.Array) -> jax.Array:
     return jnp.maximum(weight, jnp.finfo(weight.dtype).epsneg)
 
 
-def _length(b: jax.Array, t: jax.Array) -> jax.Array:
-    """`Average.length` after t steps at a constant rate."""
+def _length(limit: Any, b: Any, t: jax.Array) -> jax.Array:
+    """`Average.length` after t steps at a constant rate, after many of which it is `limit`."""
     power = b**t
-    return 2 / (1 - b) - 1 - 2 * t * power / _divisor(1 - power)
+    return limit - 2 * t * power / _divisor(1 - power)
 
 
 def _age(length: jax.Array, weight: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-r"""Another basis: matrices are turned, any chain runs there, and its update is turned back.
+r"""Another basis: a chain runs on matrices in another basis, and its update is changed back.
 
 Adam divides element by element, so what it does depends on the basis that a matrix is written in.
 `in_basis(basis, tx)` is the chain :math:`B^{-1} \circ tx \circ B`; with the basis
@@ -14,6 +14,7 @@ that a basis leaves out, take the chain as it is.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,9 @@ import optax
 
 from adam_jax._checks import check_count, check_hyperparameter, check_params
 from adam_jax._numerics import accumulator, as_count, increment, wider
-from adam_jax._ownership import at, owner
-from adam_jax.sharding import explicit, in_one_part
-from adam_jax.signal import check_updates
+from adam_jax._ownership import NONE, at, is_placeholder, owners, placeholder
+from adam_jax.sharding import as_sharded, in_one_part
+from adam_jax.signal import check_updates, params_of
 
 Sides = tuple[jax.Array | None, jax.Array | None]
 
@@ -33,7 +34,9 @@ class Basis(NamedTuple):
     r"""How the basis of a matrix is found: two orthonormal sides U and W, and when they change.
 
     A gradient :math:`G` of shape m × n is :math:`U^H G W` there. Write your own as functions of one
-    leaf; between the steps a leaf has `parts`, a named tuple of arrays or None.
+    leaf; between the steps a leaf has `parts`, a named tuple of arrays or None. On a mesh with
+    explicit axes they get arrays whose last two axes are replicated. No derivative is taken of
+    them.
 
     Attributes:
       parts: the named tuple's class.
@@ -43,10 +46,10 @@ class Basis(NamedTuple):
       renew: ``(parts, grad, first) -> parts`` at every `every`-th step, from the first on, which
         the boolean scalar `first` tells.
       every: the number of steps between two renewals.
-      follows: True if a step uses the basis that came of the steps before it. Then the first step
-        only finds the basis: its update is 0 and the chain's state stays; and first moments, which
-        are linear in the gradients, are turned with the basis. False if the step's own gradient
-        makes the basis, and the moments stay the numbers that they are.
+      follows: True if a step uses the basis of the previous step. Then step 1 only initialises it:
+        its update is 0 and the chain's state stays; and first moments, which are linear in the
+        gradients, change basis with it. False if the step's own gradient makes the basis, and the
+        moments stay the numbers that they are.
     """
 
     parts: Any
@@ -63,8 +66,8 @@ class InBasisState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      basis: what the basis keeps, a named tuple of trees like the parameters, with None where a
-        leaf is left as it is.
+      basis: what the basis keeps, a named tuple of trees like the parameters. Where a leaf has no
+        such part there is a placeholder: False, with as many axes as the leaf.
       inner: the state of the chain, of parameters in that basis.
     """
 
@@ -81,9 +84,12 @@ def in_basis(
     .. math:: U\, tx(U^H G\, W)\, W^H
 
     With an orthogonal basis plain descent stays what it is; a chain that looks at elements becomes
-    another one. Weight decay may be inside where the basis is whole, as `eigenvectors` is; beside
+    another one. Weight decay may be inside where the basis is complete, as `eigenvectors` is; with
     `singular_vectors` it belongs outside, because inside it reaches the projection only. The
     matrices of sharded leaves are gathered, on a mesh with explicit axes at every step.
+
+    Derivatives through a step take the basis for a constant: it has none where two eigenvalues are
+    equal, as those of a gradient of 0.
 
     Args:
       basis: `eigenvectors`, `singular_vectors`, or your own `Basis`.
@@ -95,8 +101,9 @@ def in_basis(
 
     Raises:
       TypeError: if `basis` is no `Basis`; in `update`, if `tx` ends in `Moments`, or gets them.
-      ValueError: in `init`, if first moments are kept as codes (`storage.int8`, `int4`), which
-        cannot be turned, and the basis follows the gradients.
+      ValueError: in `init`, if the basis follows the gradients and first moments are kept as codes
+        (`storage.int8`, `int4`), which cannot change basis; in `update`, if the gradients do not
+        match the parameters of `init`, naming the leaf.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -116,138 +123,131 @@ def in_basis(
             f"basis must be one of adam_jax.basis, such as eigenvectors(), got {basis!r}."
         )
     inner: Any = optax.with_extra_args_support(tx)
-    nothing = basis.parts(*[None] * len(basis.parts._fields))
 
     def sides_of(parts):
-        return None if _left_out(parts) else basis.sides(parts)
-
-    def on_each(fn, parts, grads, *others):
-        pairs = zip(parts, grads, strict=True)
-        return [each if _left_out(each) else fn(each, grad, *others) for each, grad in pairs]
+        return [None if each is None else basis.sides(each) for each in parts]
 
     def init_fn(params):
         check_params("in_basis", params)
-        leaves: list
-        structure: Any
-        leaves, structure = jax.tree.flatten(params)
-        made = [basis.init(jnp.shape(p), accumulator(jnp.result_type(p))) for p in leaves]
-        parts = [nothing if each is None else each for each in made]
-        state = inner.init(structure.unflatten(map(_into, leaves, map(sides_of, parts))))
-        if basis.follows:
-            _turned_along(state, structure, [(None, None)] * len(leaves))  # or it cannot be
-        return InBasisState(
-            jnp.zeros([], jnp.int32), _as_trees(basis.parts, parts, structure), state
-        )
+        leaves, structure = _flatten(params)
+        parts = [
+            None if p is None else basis.init(jnp.shape(p), accumulator(jnp.result_type(p)))
+            for p in leaves
+        ]
+        sides = sides_of(parts)
+        state = inner.init(structure.unflatten(map(_into, leaves, sides)))
+        if basis.follows:  # the first moments must be able to change basis
+            jax.eval_shape(lambda state: _rotated(state, params, sides, sides), state)
+        kept = _as_trees(basis.parts, parts, leaves, structure)
+        return InBasisState(jnp.zeros([], jnp.int32), kept, state)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_updates("in_basis", updates)
-        grads: list
-        structure: Any
-        grads, structure = jax.tree.flatten(updates)
-        count, parts = as_count(state.count), _as_leaves(state.basis, structure)
+        grads, structure = _flatten(updates)
+        count = as_count(state.count)
+        due = count % basis.every == 0
+        kept = _as_leaves(state.basis, updates)
+        parts, constants = jax.lax.stop_gradient((list(map(_gathered, kept)), grads))
+        constants = list(map(_gathered, constants))
+        _check_shapes(updates, sides_of(parts))
 
-        def renewed(parts, inner_state):
-            new = on_each(basis.renew, parts, grads, count == 0)
-            if basis.follows:
-                changes = zip(map(sides_of, parts), map(sides_of, new), strict=True)
-                inner_state = _turned_along(inner_state, structure, list(changes))
-            return new, inner_state
+        def on_each(fn, parts, *others):
+            pairs = zip(parts, constants, strict=True)
+            return [None if p is None else fn(p, grad, *others) for p, grad in pairs]
 
-        def moved_on(parts, inner_state):
-            parts = on_each(basis.gather, parts, grads)
-            due, stays = count % basis.every == 0, lambda *both: both
-            return jax.lax.cond(due, renewed, stays, parts, inner_state)
+        def moved_on(parts):
+            parts = on_each(basis.gather, parts)
+            renewed = lambda parts: on_each(basis.renew, parts, count == 0)  # noqa: E731
+            return jax.lax.cond(due, renewed, lambda parts: parts, parts)
 
-        inner_state = state.inner
-        if not basis.follows:
-            parts, inner_state = moved_on(parts, inner_state)
-        sides = [sides_of(each) for each in parts]
-        beside = [None] * len(grads) if params is None else structure.flatten_up_to(params)
-        there = params if params is None else structure.unflatten(map(_into, beside, sides))
-        new, new_state = inner.update(
-            structure.unflatten(map(_into, grads, sides)), inner_state, there, **extra_args
-        )
-        check_updates("in_basis", new)
-        new = list(map(_out_of, structure.flatten_up_to(new), sides, grads, beside))
+        def step(parts):
+            sides, beside = sides_of(parts), [None] * len(grads)
+            there = params
+            if params is not None:
+                beside = structure.flatten_up_to(params_of(updates, params))
+                there = structure.unflatten(map(_into, beside, sides))
+            grads_there = structure.unflatten(map(_into, grads, sides))
+            new, new_state = inner.update(grads_there, state.inner, there, **extra_args)
+            check_updates("in_basis", new)
+            return list(map(_out_of, structure.flatten_up_to(new), sides, grads, beside)), new_state
+
         if basis.follows:
-            keep = lambda old, new: jnp.where(count == 0, old, new)  # noqa: E731
-            new = [keep(jnp.zeros_like(update), update) for update in new]
-            new_state = jax.tree.map(keep, inner_state, new_state)
-            parts, new_state = moved_on(parts, new_state)
-        kept = InBasisState(increment(count), _as_trees(basis.parts, parts, structure), new_state)
-        return structure.unflatten(new), kept
+            new, new_state = _unless(count == 0, step(parts), (_zeros(grads), state.inner))
+            renewed = moved_on(parts)
+            changes = sides_of(parts), sides_of(renewed)
+            rotated = lambda state, changes: _rotated(state, updates, *changes)  # noqa: E731
+            new_state = jax.lax.cond(due, rotated, lambda state, _: state, new_state, changes)
+        else:
+            renewed = moved_on(parts)
+            new, new_state = step(renewed)
+        renewed = jax.tree.map(as_sharded, renewed, kept)
+        trees = _as_trees(basis.parts, renewed, grads, structure)
+        return structure.unflatten(new), InBasisState(increment(count), trees, new_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _left_out(parts: Any) -> bool:
-    """Whether a leaf has no other basis."""
-    return all(part is None for part in parts)
+# --- In the basis, and back -----------------------------------------------------------------------
+
+_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _into(leaf: Any, sides: Sides | None) -> Any:
     """U^H leaf W."""
-    if sides is None:
+    if sides is None or leaf is None:
         return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):  # in init
+        return jax.eval_shape(_into, leaf, sides)
     left, right = sides
-    leaf = _wide(leaf)
+    leaf = _gathered(_wide(leaf))
     leaf = leaf if left is None else _product(_adjoint(left), leaf)
     return leaf if right is None else _product(leaf, right)
 
 
-def _back(leaf: Any, sides: Sides | None) -> Any:
+def _back(leaf: Any, sides: Sides) -> Any:
     """U leaf W^H."""
-    if sides is None:
-        return leaf
     left, right = (None if side is None else _adjoint(side) for side in sides)
     return _into(leaf, (left, right))
 
 
 def _out_of(update: Any, sides: Sides | None, grad: Any, param: Any) -> Any:
     """The update in the leaf's own basis, as wide as the gradient and the parameter."""
-    if sides is None:
+    if sides is None or update is None:
         return update
     dtype = grad.dtype if param is None else wider(grad.dtype, jnp.result_type(param))
-    return _beside(grad, _back(update, sides)).astype(dtype)
+    return as_sharded(_back(update, sides), grad).astype(dtype)
 
 
-def _turned_along(state: Any, structure: Any, changes: list) -> Any:
+def _rotated(state: Any, params: Any, old: list[Sides | None], new: list[Sides | None]) -> Any:
     """The state with its first moments in the new basis: they are linear in the gradients.
 
     They are found by their names in the states of this package and of optax.
     """
-    numbered = jax.tree_util.tree_leaves_with_path(structure.unflatten(range(len(changes))))
-    number = dict(numbered)
 
-    def turned(path, leaf):
+    def rotated(path, part, owner):
         names = {getattr(key, "name", None) for key in path}
-        place = owner(path, number)
-        if place is None or not names & FIRST_MOMENTS:
-            return leaf
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if owner == NONE or old[owner] is None or not names & FIRST_MOMENTS:
+            return part
+        if not jnp.issubdtype(part.dtype, jnp.inexact):
             raise ValueError(
-                f"in_basis turns first moments with a basis that follows the gradients, and the "
-                f"codes{at(path)} cannot be turned: keep them as they are, or in a dtype, with "
-                f"mu_storage=jnp.bfloat16."
+                f"in_basis changes the basis of first moments with a basis that follows the "
+                f"gradients, and that of the codes{at(path)} cannot be changed: keep them as they "
+                f"are, or in a dtype, with mu_storage=jnp.bfloat16."
             )
-        old, new = changes[number[place]]
-        if old is None:
-            return leaf
-        return _beside(leaf, _into(_back(leaf, old), new)).astype(leaf.dtype)
+        return as_sharded(_into(_back(part, old[owner]), new[owner]), part).astype(part.dtype)
 
-    return jax.tree_util.tree_map_with_path(turned, state)
+    return jax.tree_util.tree_map_with_path(rotated, state, owners(state, params))
 
 
 FIRST_MOMENTS = {"mu", "mu_slow", "trace"}
 
 
-def _as_trees(kind: Any, parts: list, structure: Any) -> Any:
-    """For each part a tree like the parameters, which frameworks and checkpoints know."""
-    return kind(*(structure.unflatten([p[i] for p in parts]) for i in range(len(kind._fields))))
+def _unless(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(condition, old, new), new, old)
 
 
-def _as_leaves(trees: Any, structure: Any) -> list:
-    return [type(trees)(*leaf) for leaf in zip(*map(structure.flatten_up_to, trees), strict=True)]
+def _zeros(leaves: list) -> list:
+    return [None if leaf is None else jnp.zeros_like(leaf) for leaf in leaves]
 
 
 def _wide(leaf: Any) -> jax.Array:
@@ -259,23 +259,73 @@ def _adjoint(matrix: jax.Array) -> jax.Array:
     return jnp.conj(jnp.swapaxes(matrix, -1, -2))
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """In full precision, also where a device would take fewer digits."""
-    return jnp.matmul(_gathered(a), _gathered(b), precision=jax.lax.Precision.HIGHEST)
+def _gathered(tree: Any) -> Any:
+    """With the last two axes replicated: on a mesh with explicit axes JAX neither multiplies nor
+    decomposes matrices that are sharded."""
+    return jax.tree.map(lambda x: in_one_part(x, -1, -2) if jnp.ndim(x) > 1 else x, tree)
 
 
-# On a mesh with explicit axes JAX neither multiplies nor decomposes matrices that are split.
+# --- What the basis keeps of each leaf ------------------------------------------------------------
 
 
-def _gathered(x: jax.Array) -> jax.Array:
-    """With the last two axes whole on every device."""
-    return in_one_part(in_one_part(x, x.ndim - 1), x.ndim - 2)
+def _flatten(tree: Any) -> tuple[list, Any]:
+    """A None is a leaf: frameworks leave parameters out of the gradients, but not of the model."""
+    return jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
 
 
-def _beside(leaf: jax.Array, x: jax.Array) -> jax.Array:
-    """An array laid out as another one is."""
-    sharding = explicit(leaf)
-    return x if sharding is None else jax.sharding.reshard(x, sharding)
+def _as_trees(kind: Any, parts: list, leaves: list, structure: Any) -> Any:
+    """For each part a tree like the parameters, which frameworks and checkpoints know."""
+
+    def column(i):
+        for each, leaf in zip(parts, leaves, strict=True):
+            part = None if each is None else each[i]
+            missing = part is None and leaf is not None
+            yield placeholder(jnp.shape(leaf)) if missing else part
+
+    return kind(*(structure.unflatten(column(i)) for i in range(len(kind._fields))))
+
+
+def _as_leaves(trees: Any, updates: Any) -> list:
+    """The parts of each leaf, or None if it has no other basis."""
+    grads, structure = _flatten(updates)
+    try:
+        columns = [structure.flatten_up_to(tree) for tree in trees]
+    except ValueError as error:
+        raise ValueError(
+            f"in_basis got gradients in another tree than the parameters of init() ({error}). "
+            f"{_REMEDY}"
+        ) from None
+    leaves = []
+    for path, grad, *parts in zip(_paths(updates), grads, *columns, strict=True):
+        if (grad is None) != all(part is None for part in parts):
+            missing = "no gradient for" if grad is None else "a gradient for what was None in init:"
+            raise ValueError(f"in_basis got {missing} the leaf{at(path)}. {_REMEDY}")
+        parts = [None if is_placeholder(part) else part for part in parts]
+        leaves.append(None if all(part is None for part in parts) else type(trees)(*parts))
+    return leaves
+
+
+def _check_shapes(updates: Any, sides: list[Sides | None]) -> None:
+    """A matrix must be as large as its basis."""
+    for path, grad, both in zip(_paths(updates), _flatten(updates)[0], sides, strict=True):
+        for axis, side in zip((-2, -1), both or (), strict=False):
+            if side is None:
+                continue
+            *batch, length, _ = jnp.shape(side)
+            *front, m, n = jnp.shape(grad) if jnp.ndim(grad) > 1 else (None, None, None)
+            if (m, n)[axis] != length or batch != front:
+                raise ValueError(
+                    f"in_basis got a gradient of shape {jnp.shape(grad)} for the leaf{at(path)}, "
+                    f"whose axis {axis} had length {length} in init(). {_REMEDY}"
+                )
+
+
+_REMEDY = "Give gradients shaped like the parameters of init(), or make the state anew with init()."
+
+
+def _paths(tree: Any) -> list:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
+    return [path for path, _ in leaves]
 
 
 # --- The bases ------------------------------------------------------------------------------------
@@ -304,14 +354,13 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
               R_t = \beta R_{t-1} + (1 - \beta)\, G_t^H G_t
 
     The first step takes their eigenvectors, and later renewals one step of power iteration,
-    :math:`U \leftarrow QR(L\,U)`. A step uses the vectors that came of the steps before it, so the
-    first one changes no weight. The state has 2 m² + 2 n² numbers more for a matrix of m × n.
+    :math:`U \leftarrow QR(L\,U)`. A step uses the basis of the previous step, so the first one
+    changes no weight. The state has 2 m² + 2 n² numbers more for a matrix of m × n.
 
-    Second moments do not turn with the basis. After a renewal an element may have those of another
-    direction, and where these are small, as in a direction that had no gradient, the step is long.
-    They must be forgotten soon: take b1 = b2 = 0.95, as the authors do. With b2 = 0.98 and more the
-    loss of a small network, whose gradients have fewer directions than axes, rose before it fell,
-    once a hundredfold.
+    v is not rotated: after a renewal a small v, as of a direction that had no gradient, can give
+    large steps. It must be forgotten soon: take b1 = b2 = 0.95, as the authors do. With b2 = 0.98
+    and more the loss of a small network, whose gradients have fewer directions than axes, rose
+    before it fell, once a hundredfold.
 
     Args:
       decay: the rate :math:`\beta` of both averages, in [0, 1). Default 0.95.
@@ -350,27 +399,25 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
         grad = _wide(grad)
         adjoint = _adjoint(grad)
 
-        def mixed(kept, new):
-            return _beside(kept, kept * decay + (1 - decay) * new)
+        def mixed(average, new):
+            return None if average is None else average * decay + (1 - decay) * new()
 
-        left, right = parts.left, parts.right
         return parts._replace(
-            left=None if left is None else mixed(left, _product(grad, adjoint)),
-            right=None if right is None else mixed(right, _product(adjoint, grad)),
+            left=mixed(parts.left, lambda: _product(grad, adjoint)),
+            right=mixed(parts.right, lambda: _product(adjoint, grad)),
         )
 
     def renew(parts, grad, first):
         del grad
 
-        def vectors(average, kept):
+        def vectors(average, old):
             if average is None:
                 return None
-            new = jax.lax.cond(
+            return jax.lax.cond(
                 first,
-                lambda: jnp.linalg.eigh(_gathered(average))[1],
-                lambda: jnp.linalg.qr(_product(average, kept))[0],
+                lambda: jnp.linalg.eigh(average)[1],
+                lambda: jnp.linalg.qr(_product(average, old))[0],
             )
-            return _beside(kept, new)
 
         return parts._replace(
             left_vectors=vectors(parts.left, parts.left_vectors),
@@ -437,10 +484,10 @@ def singular_vectors(rank: int, *, every: int = 200) -> Basis:
 
     def renew(parts, grad, first):
         del first
-        left, _, right = jnp.linalg.svd(_gathered(_wide(grad)), full_matrices=False)
+        left, _, right = jnp.linalg.svd(_wide(grad), full_matrices=False)
         if parts.right is None:
-            return SingularVectors(_beside(parts.left, left[..., :rank]), None)
-        return SingularVectors(None, _beside(parts.right, _adjoint(right)[..., :rank]))
+            return SingularVectors(left[..., :rank], None)
+        return SingularVectors(None, _adjoint(right)[..., :rank])
 
     def sides(parts):
         return parts.left, parts.right

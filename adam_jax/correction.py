@@ -8,7 +8,7 @@ import optax
 
 from adam_jax._checks import check_bool, check_hyperparameter, check_scalar
 from adam_jax._jit import once
-from adam_jax._numerics import Scalar, as_count, increment, scalar
+from adam_jax._numerics import Rate, Scalar, as_count, increment, scalar
 from adam_jax.average import Average, mixed, no_weights, step_weights
 from adam_jax.signal import Moments, map_moments, stateless
 from adam_jax.storage import Storage
@@ -299,7 +299,7 @@ def _delayed(moments: Moments) -> Moments:
     return moments._replace(nu=nu)
 
 
-def floor(*, eps: jax.typing.ArrayLike) -> optax.GradientTransformationExtraArgs:
+def floor(*, eps: Scalar) -> optax.GradientTransformationExtraArgs:
     r"""Let the root of the second moment be at least `eps`.
 
     .. math:: v \mapsto \max(v, \varepsilon^2)
@@ -367,8 +367,8 @@ def _interpolated(moments: Moments, b1: Scalar) -> Moments:
 
 
 def mix_slow_moment(
-    b3: optax.ScalarOrSchedule = 0.9999,
-    alpha: optax.ScalarOrSchedule = 5.0,
+    b3: "Rate" = 0.9999,
+    alpha: "Rate" = 5.0,
     *,
     mu_storage: Storage | Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -14,7 +14,7 @@ from adam_jax.signal import Moments, to_updates
 
 
 def normalize(
-    *, eps: jax.typing.ArrayLike = 1e-8, eps_root: jax.typing.ArrayLike = 0.0
+    *, eps: Scalar = 1e-8, eps_root: Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide the first moment by the root of the second, both as they come.
 
@@ -55,8 +55,8 @@ def _normalized(moments: Moments, eps: Scalar, eps_root: Scalar) -> jax.Array:
 
 def bias_correct(
     *,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     eps_hat: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Debias both moments and divide: Adam's direction, `debias` and `normalize` as one stage.
@@ -107,8 +107,8 @@ def _corrected(moments: Moments, eps: Scalar, eps_root: Scalar, eps_hat: bool) -
 
 def rectify(
     *,
-    eps: jax.typing.ArrayLike = 1e-8,
-    eps_root: jax.typing.ArrayLike = 0.0,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
     threshold: Scalar = 5.0,
     eps_hat: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -186,7 +186,7 @@ def _limit(nu: Average) -> Scalar:
     return jnp.maximum(jnp.maximum(limit, 5.0), scalar(nu.length, limit.dtype))
 
 
-def atan2(*, scale: jax.typing.ArrayLike = 4 / math.pi) -> optax.GradientTransformationExtraArgs:
+def atan2(*, scale: Scalar = 4 / math.pi) -> optax.GradientTransformationExtraArgs:
     r"""Divide without an epsilon: Adam-atan2.
 
     .. math:: u = a \operatorname{atan2}(\hat m, \sqrt{\hat v})

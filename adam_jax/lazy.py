@@ -1,18 +1,17 @@
-"""Rows of a leaf, each by itself: those without a gradient stay as they are.
+"""Rows without a gradient stay as they are.
 
 A batch reaches a few rows of an embedding table, and the gradient of all others is exactly zero.
 Adam moves those too, along the moments of earlier batches, and weight decay shrinks them.
 """
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adam_jax._ownership import path_name
-from adam_jax.fusion._graph import Equation, Value, inlined
+from adam_jax._ownership import NONE, at, is_placeholder, leaves_by_path, owners
+from adam_jax.basis import InBasisState
 from adam_jax.signal import check_updates
 
 
@@ -27,33 +26,34 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
               (\theta_i, s_i)_{t-1} & g_{t,i} = 0
               \end{cases}
 
-    The elements of a vector are its rows, and a scalar is one. What depends on no gradient and no
-    parameter goes on at every step: counts, schedules, the weights of moments, random keys. So
-    bias correction is by the step, not by how often a row was reached, and
+    The elements of a vector are its rows, and a scalar is one. What belongs to no parameter goes on
+    at every step: counts, schedules, the weights of moments, random keys. So bias correction is by
+    the step, not by how often a row was reached, and
 
         lazy(adam(learning_rate, eps_hat=True))
 
     is `torch.optim.SparseAdam` and LazyAdam of TensorFlow Addons. (Those tell by the index whether
-    a row was reached. Here it is told by its gradient, and one that happens to be zero is taken
-    for none.)
+    a row was reached. Here it is told by its gradient, and one that happens to be zero counts as
+    none.)
 
-    Weight decay inside of `tx` falls on a row only at the steps that reach it. All rows are
-    computed, so a step takes no less time than one of `tx`.
+    Weight decay inside of `tx` falls on a row only at the steps that reach it. `tx` sees all rows:
+    a norm in it, as in `optax.clip_by_global_norm`, `adam_jax.scale_by_trust_ratio` or
+    `adam_jax.cautious`, is the norm of the whole gradient or leaf, and a step takes no less time
+    than one of `tx`.
 
     Args:
-      tx: a chain from gradients to updates, of adam_jax, optax or your own, whose stages treat
-        every element of a leaf by itself, or blocks inside a row (`storage.int8` of a leaf of
-        three axes or more; under 4,096 elements nothing is kept in blocks).
+      tx: a chain from gradients to updates, of adam_jax, optax or your own, that keeps of a leaf
+        only what has its rows, with the same first axis.
 
     Returns:
       A gradient transformation with the same `init` and the same state. The update of a row
-      without a gradient is -0, which leaves a weight of -0 be. Inside `jax.shard_map` a device
-      must have whole rows, because it sees no others.
+      without a gradient is -0, which leaves a weight of -0 as it is. Inside `jax.shard_map` a
+      device must have whole rows, because it sees no others.
 
     Raises:
-      ValueError: in `update`, if a stage is not so local, naming it: `optax.clip_by_global_norm`,
-        `optax.scale_by_trust_ratio`, `adam_jax.cautious`, the storages `int8` and `int4` of
-        matrices and vectors, `factored` and `block_mean`, and what is fused.
+      ValueError: in `update`, if the state has a part of a leaf without its rows, naming it: of
+        the storages `int8` and `int4` of vectors and matrices, `factored`, `block_mean` over rows,
+        or of `in_basis`.
       TypeError: in `update`, if `tx` emits `Moments`, or is given them: it is a part of a chain.
 
     Example:
@@ -74,19 +74,29 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
 
     def update_fn(updates, state, params=None, **extra_args):
         check_updates("lazy", updates)
+        grads = leaves_by_path(updates)
+        owner_of = owners(state, updates)
+        _check_rows(state, owner_of, grads)
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        structure: Any = jax.tree.structure(updates)
+        if structure != jax.tree.structure(new_updates):
+            raise TypeError(
+                "adam_jax.lazy goes around a whole chain, from gradients to updates, such as "
+                "adam_jax.adam(1e-3), and this one emits something else: put the stages that "
+                "follow inside as well."
+            )
+        reached = [None if grad is None else _reached(grad) for grad in grads.values()]
 
-        def step(updates, state, params):
-            return inner.update(updates, state, params, **extra_args)
+        def of_row(grad, update):
+            return _of_rows(_reached(grad), update, -jnp.zeros_like(update))
 
-        owners = _owners(step, updates, state, params)
-        reached = [_reached(grad) for grad in jax.tree.leaves(updates)]
+        def kept(owner, old, new):
+            return new if owner == NONE else _of_rows(reached[owner], new, old)
 
-        def chosen(owner, new, old):
-            return new if owner == NONE else jnp.where(_as_rows(reached[owner], new), new, old)
-
-        new = step(updates, state, params)
-        old = jax.tree.map(lambda update: -jnp.zeros_like(update), new[0]), state
-        return jax.tree.map(chosen, owners, new, old)
+        return (
+            jax.tree.map(of_row, updates, new_updates),
+            jax.tree.map(kept, owner_of, state, new_state),
+        )
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
@@ -96,96 +106,31 @@ def _reached(grad: Any) -> jax.Array:
     return jnp.any(grad != 0, axis=tuple(range(1, jnp.ndim(grad))))
 
 
-def _as_rows(reached: jax.Array, leaf: Any) -> jax.Array:
-    """One number a row, with as many axes as the leaf."""
-    return jnp.expand_dims(reached, tuple(range(1, jnp.ndim(leaf))))
+def _of_rows(reached: jax.Array, new: jax.Array, old: Any) -> jax.Array:
+    """The new numbers of the rows that were reached, and the old ones of the others."""
+    return jnp.where(jnp.expand_dims(reached, tuple(range(1, jnp.ndim(new)))), new, old)
 
 
-# --- What of a step belongs to which leaf ---------------------------------------------------------
-
-NONE = -1
-
-
-def _owners(step: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
-    """For every array that a step returns, the number of the gradient whose rows it has, or NONE.
-
-    It is read from the equations of the step: rows have what depends on a gradient or a parameter.
-    On the way every equation that has to do with rows must be one that keeps them apart.
-    """
-    closed, shapes = jax.make_jaxpr(step, return_shape=True)(updates, state, params)
-    due: Any = jax.tree.structure(updates)
-    if jax.tree.structure(shapes[0]) != due:
-        raise TypeError(
-            "adam_jax.lazy goes around a whole chain, from gradients to updates, such as "
-            "adam_jax.adam(1e-3), and this one emits something else: put the stages that follow "
-            "inside as well."
-        )
-    inputs = [Value(var.aval) for var in closed.jaxpr.invars]
-    consts = [Value(var.aval) for var in closed.jaxpr.constvars]
-    equations, outputs = inlined(closed.jaxpr, [*inputs, *consts])
-    grads, leaves = (jax.tree_util.tree_leaves_with_path(tree) for tree in (updates, params))
-    number = {path_name(path): i for i, (path, _) in enumerate(grads)}
-    of_params = inputs[len(inputs) - len(leaves) :]
-    owner: dict[Value, int] = dict(zip(inputs, range(len(grads)), strict=False))
-    for value, (path, _) in zip(of_params, leaves, strict=True):
-        owner[value] = number.get(path_name(path), NONE)
-    known = -1
-    while known < len(owner):
-        known = len(owner)
-        for equation in equations:
-            _follow(equation, owner)
-        # What a step makes of the state is the state of the next.
-        owner.update(
-            (old, _owner(new, owner))
-            for new, old in zip(outputs[len(grads) :], inputs[len(grads) :], strict=False)
-            if _owner(new, owner) != NONE
-        )
-    owners = [_owner(value, owner) for value in outputs]
-    if any(found not in (NONE, i) for i, found in enumerate(owners[: len(grads)])):
-        _refuse_several()
-    structure: Any = jax.tree.structure((updates, state))
-    return structure.unflatten([*range(len(grads)), *owners[len(grads) :]])
-
-
-def _owner(value: Any, owner: dict[Value, int]) -> int:
-    return owner.get(value, NONE) if isinstance(value, Value) else NONE
-
-
-def _follow(equation: Equation, owner: dict[Value, int]) -> None:
-    """The results of an equation have the rows of its operands."""
-    owners = {_owner(value, owner) for value in equation.inputs} - {NONE}
-    if len(owners) > 1:
-        _refuse_several()
-    for number in owners:
-        if not _is_local(equation):
-            _refuse(equation)
-        owner.update(dict.fromkeys(equation.outputs, number))
-
-
-def _is_local(equation: Equation) -> bool:
-    """Whether it keeps rows apart."""
-    if equation.tile_operation:
-        return equation.params.get("axis") != 0  # the axis that blocks lie along
-    return equation.elementwise
-
-
-def _refuse(equation: Equation) -> NoReturn:
-    stage = equation.stage
-    if equation.tile_operation:
-        stage = "a storage in blocks, int8 or int4,"
-    elif stage == "lazy":  # the function that has the equation was made by no stage
-        stage = "a stage"
-    raise ValueError(
-        f"adam_jax.lazy takes chains that treat every element of a leaf, or every block inside a "
-        f"row, by itself, and {stage} does not: it has the equation "
-        f"{equation.primitive.name!r}. Put the stage outside, as in "
-        f"optax.chain(optax.clip_by_global_norm(1.0), adam_jax.lazy(...)); in place of a storage "
-        f"take a dtype or adam_jax.storage.stochastic()."
-    )
-
-
-def _refuse_several() -> NoReturn:
-    raise ValueError(
-        "adam_jax.lazy takes chains that treat every leaf by itself, and this one has equations "
-        "between several leaves. Chain those outside of what is lazy."
-    )
+def _check_rows(state: Any, owner_of: Any, grads: dict[tuple, Any]) -> None:
+    """What is kept of a leaf must have its rows."""
+    in_basis = lambda node: isinstance(node, InBasisState)  # noqa: E731
+    for node in jax.tree.leaves(state, is_leaf=in_basis):
+        if in_basis(node) and not all(map(is_placeholder, jax.tree.leaves(node.basis))):
+            raise ValueError(
+                "adam_jax.lazy cannot go around adam_jax.in_basis, in which rows are mixed: give "
+                "each leaf one of the two, with optax.partition."
+            )
+    leaves = list(grads.items())
+    parts = jax.tree_util.tree_leaves_with_path(state)
+    for (path, part), owner in zip(parts, jax.tree.leaves(owner_of), strict=True):
+        if owner == NONE:
+            continue
+        of, grad = leaves[owner]
+        shape, due = jnp.shape(part), jnp.shape(grad)
+        if len(shape) != len(due) or shape[:1] != due[:1]:
+            raise ValueError(
+                f"adam_jax.lazy needs a state with the rows of the leaf, but for the leaf{at(of)} "
+                f"of shape {due} tx keeps an array of shape {shape}{at(path)}: instead of a "
+                f"storage in blocks or means take a dtype or adam_jax.storage.stochastic(), or "
+                f"leave the leaf out of what is lazy with optax.partition."
+            )

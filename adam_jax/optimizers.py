@@ -1,47 +1,64 @@
 """Whole optimizers: one short chain of stages each.
 
-Each function returns its chain, an `optax.GradientTransformationExtraArgs`. Where optax has the
-name, its arguments come first and its defaults hold. After the `*` come the same few options, which
-mean the same everywhere; `adam` documents them.
+Each function returns its chain, an `optax.GradientTransformationExtraArgs`, and its body is that
+chain: with the same stages you get the same optimizer. Where optax has the name, its arguments come
+first and its defaults hold. After the `*` come the same few options, which mean the same
+everywhere; `adam` documents them.
 
 Every hyperparameter is checked when the optimizer is built: a ValueError says which is out of its
 range, a TypeError which is of the wrong kind. In `update` a gradient that does not match its
 parameter is a ValueError. With weight decay, `update` needs the parameters.
+
+In the signatures a `Scalar` is a number or a 0-d array of at least float32; a `Rate` is one of them
+or a schedule, a function from the number of steps taken so far; a `Mask` says which leaves decay;
+`StorageLike` is a storage of `adam_jax.storage`, your own, a dtype or None.
 """
 
+import functools
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from adam_jax import correction, direction
-from adam_jax._checks import check_bool, check_dtype, check_hyperparameter, check_match
-from adam_jax._numerics import Scalar, accumulator
-from adam_jax.correction import debias, running_max
-from adam_jax.direction import bias_correct, first_moment, normalize, rectify
+from adam_jax import correction, rules
+from adam_jax._checks import check_bool, check_hyperparameter
+from adam_jax._numerics import Rate, Scalar
+from adam_jax.correction import (
+    cautious,
+    center,
+    debias,
+    delay,
+    floor,
+    interpolate,
+    mix_slow_moment,
+    running_max,
+)
+from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
 from adam_jax.moments import scale_by_moments
-from adam_jax.rules import accumulated, belief, infinity
-from adam_jax.rules import yogi as yogi_rule
-from adam_jax.signal import check_updates
 from adam_jax.storage import Storage
-from adam_jax.updates import clip_by_schedule, scale_by_lr
+from adam_jax.updates import (
+    Mask,
+    accumulate,
+    clip_by_schedule,
+    decay_weights,
+    scale_by_lr,
+    scale_by_trust_ratio,
+)
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
-Mask = Any | Callable[[optax.Params], Any] | None
+StorageLike: TypeAlias = Storage | DTypeLike | None
 
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Scalar | None = None,
+    momentum: "Scalar | None" = None,
     nesterov: bool = False,
-    accumulator_dtype: Any | None = None,
+    accumulator_dtype: "DTypeLike | None" = None,
     *,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Stochastic gradient descent, plain or with momentum.
 
@@ -64,19 +81,23 @@ def sgd(
     Source: Robbins and Monro, "A Stochastic Approximation Method" (1951).
     """
     return optax.chain(
-        _momentum(momentum, nesterov, accumulator_dtype),
-        *_decay_weights(weight_decay, mask),
+        *(
+            []
+            if _no_momentum(momentum, nesterov)
+            else [accumulate(momentum, nesterov=nesterov, dtype=accumulator_dtype)]
+        ),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def momentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Scalar = 0.9,
+    momentum: "Scalar" = 0.9,
     *,
-    accumulator_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    accumulator_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Descent along a decaying sum of gradients: the heavy ball.
 
@@ -97,20 +118,21 @@ def momentum(
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
     """
+    check_hyperparameter("momentum", momentum, upper=1)
     return optax.chain(
-        _momentum(momentum, False, accumulator_dtype),
-        *_decay_weights(weight_decay, mask),
+        accumulate(momentum, dtype=accumulator_dtype),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def nesterov_momentum(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Scalar = 0.9,
+    momentum: "Scalar" = 0.9,
     *,
-    accumulator_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    accumulator_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Nesterov's accelerated gradient: the heavy ball that looks one step ahead.
 
@@ -131,9 +153,10 @@ def nesterov_momentum(
 
     Source: Sutskever et al., "On the importance of initialization and momentum" (ICML 2013).
     """
+    check_hyperparameter("momentum", momentum, upper=1)
     return optax.chain(
-        _momentum(momentum, True, accumulator_dtype),
-        *_decay_weights(weight_decay, mask),
+        accumulate(momentum, nesterov=True, dtype=accumulator_dtype),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
@@ -141,12 +164,12 @@ def nesterov_momentum(
 def adagrad(
     learning_rate: optax.ScalarOrSchedule,
     initial_accumulator_value: float = 0.1,
-    eps: Scalar = 1e-7,
+    eps: "Scalar" = 1e-7,
     *,
     eps_in_sqrt: bool = True,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adagrad: the gradient over the root of the sum of all its squares.
 
@@ -168,34 +191,37 @@ def adagrad(
 
     Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011).
     """
+    check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
     return optax.chain(
         scale_by_moments(
             None,
             0.0,
-            second_moment=accumulated,
+            second_moment=rules.accumulated,
             initial_nu=initial_accumulator_value,
             nu_storage=nu_storage,
         ),
-        normalize(**_placed(eps, eps_in_sqrt)),
-        *_decay_weights(weight_decay, mask),
+        normalize(eps=0.0, eps_root=eps)
+        if check_bool("eps_in_sqrt", eps_in_sqrt)
+        else normalize(eps=eps),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule,
-    decay: optax.ScalarOrSchedule = 0.9,
-    eps: Scalar = 1e-8,
+    decay: "Rate" = 0.9,
+    eps: "Scalar" = 1e-8,
     initial_scale: float = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
-    momentum: Scalar | None = None,
+    momentum: "Scalar | None" = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""RMSProp: the gradient over the root of the mean of its recent squares.
 
@@ -233,33 +259,37 @@ def rmsprop(
             "centered=True subtracts the squared mean from the second moment, and a stored moment "
             "is rounded by more than is left: keep it in full, leave nu_storage None."
         )
+    check_hyperparameter("decay", decay, upper=1, schedule=True)
+    check_hyperparameter("initial_scale", initial_scale)
     return optax.chain(
         scale_by_moments(
             decay if centered else None, decay, initial_nu=initial_scale, nu_storage=nu_storage
         ),
-        *_when("bias_correction", bias_correction, debias()),
-        *_when("centered", centered, correction.center()),
-        normalize(**_placed(eps, eps_in_sqrt)),
-        *_decay_weights(weight_decay, mask),
+        *([debias()] if check_bool("bias_correction", bias_correction) else []),
+        *([center()] if check_bool("centered", centered) else []),
+        normalize(eps=0.0, eps_root=eps)
+        if check_bool("eps_in_sqrt", eps_in_sqrt)
+        else normalize(eps=eps),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
-        _momentum(momentum, nesterov),
+        *([] if _no_momentum(momentum, nesterov) else [accumulate(momentum, nesterov=nesterov)]),
     )
 
 
 def adam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adam: the mean of recent gradients over the root of the mean of their squares.
 
@@ -315,27 +345,27 @@ def adam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
 
@@ -361,28 +391,28 @@ def adamw(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def nadam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
     *,
     nesterov: bool = True,
-    momentum_decay: Scalar | None = None,
+    momentum_decay: "Scalar | None" = None,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adam with Nesterov's momentum.
 
@@ -406,28 +436,32 @@ def nadam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov(_dozat(b1, momentum_decay, nesterov))),
+        *(
+            [correction.nesterov(_dozat(b1, momentum_decay))]
+            if _looks_ahead(nesterov, momentum_decay)
+            else []
+        ),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def nadamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = True,
-    momentum_decay: Scalar | None = None,
+    momentum_decay: "Scalar | None" = None,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""AdamW with Nesterov's momentum.
 
@@ -453,30 +487,34 @@ def nadamw(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov(_dozat(b1, momentum_decay, nesterov))),
+        *(
+            [correction.nesterov(_dozat(b1, momentum_decay))]
+            if _looks_ahead(nesterov, momentum_decay)
+            else []
+        ),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def amsgrad(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
     bias_correction_mu: bool = True,
     bias_correction_nu: bool = True,
     *,
     max_before_correction: bool = False,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""AMSGrad: Adam whose second moment never falls, so that it forgets no rare large gradient.
 
@@ -499,43 +537,45 @@ def amsgrad(
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
-    check_bool("bias_correction_mu", bias_correction_mu)
-    check_bool("bias_correction_nu", bias_correction_nu)
     check_bool("max_before_correction", max_before_correction)
-    check_bool("eps_hat", eps_hat)
-    if eps_hat and not max_before_correction:
+    if check_bool("eps_hat", eps_hat) and not max_before_correction:
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
         )
     if ((eps_hat or nesterov) and not bias_correction_mu) or (eps_hat and not bias_correction_nu):
         raise ValueError("eps_hat and nesterov imply the bias correction: leave it on.")
-    correct = debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat)
-    largest = running_max(nu_storage=nu_storage)
-    divide = partial(bias_correct, eps_hat=True) if eps_hat else normalize
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
-        *([largest, correct] if max_before_correction else [correct, largest]),
-        divide(eps=eps, eps_root=eps_root),
-        *_decay_weights(weight_decay, mask),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
+        *(
+            [running_max(nu_storage=nu_storage)]
+            if check_bool("max_before_correction", max_before_correction)
+            else []
+        ),
+        debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat),
+        *([] if max_before_correction else [running_max(nu_storage=nu_storage)]),
+        bias_correct(eps=eps, eps_root=eps_root, eps_hat=True)
+        if eps_hat
+        else normalize(eps=eps, eps_root=eps_root),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def radam(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    threshold: Scalar = 5.0,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    threshold: "Scalar" = 5.0,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Rectified Adam: momentum until the second moment has seen enough gradients, then Adam.
 
@@ -557,26 +597,26 @@ def radam(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         rectify(eps=eps, eps_root=eps_root, threshold=threshold, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def adabelief(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-16,
-    eps_root: Scalar = 1e-16,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-16,
+    eps_root: "Scalar" = 1e-16,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""AdaBelief: divide by how far the gradients are from what their mean lets expect.
 
@@ -596,28 +636,32 @@ def adabelief(
 
     Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
     """
-    check_hyperparameter("eps_root", eps_root)
-    rule = partial(belief, eps_root=eps_root)
     return optax.chain(
-        scale_by_moments(b1, b2, second_moment=rule, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        scale_by_moments(
+            b1,
+            b2,
+            second_moment=functools.partial(rules.belief, eps_root=eps_root),
+            mu_storage=mu_storage,
+            nu_storage=nu_storage,
+        ),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
     *,
     nesterov: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adamax: Adam with the decaying maximum of the gradient for the root of the second moment.
 
@@ -637,29 +681,33 @@ def adamax(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
     """
-    check_hyperparameter("eps", eps)
-    rule = partial(infinity, eps=eps)
     return optax.chain(
-        scale_by_moments(b1, b2, second_moment=rule, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        scale_by_moments(
+            b1,
+            b2,
+            second_moment=functools.partial(rules.infinity, eps=eps),
+            mu_storage=mu_storage,
+            nu_storage=nu_storage,
+        ),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(nu=False),
         normalize(eps=0.0),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""Adamax with decoupled weight decay.
 
@@ -681,31 +729,35 @@ def adamaxw(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
     """
-    check_hyperparameter("eps", eps)
-    rule = partial(infinity, eps=eps)
     return optax.chain(
-        scale_by_moments(b1, b2, second_moment=rule, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        scale_by_moments(
+            b1,
+            b2,
+            second_moment=functools.partial(rules.infinity, eps=eps),
+            mu_storage=mu_storage,
+            nu_storage=nu_storage,
+        ),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(nu=False),
         normalize(eps=0.0),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def yogi(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-3,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-3,
     *,
-    eps_root: Scalar = 0.0,
+    eps_root: "Scalar" = 0.0,
     eps_hat: bool = False,
     nesterov: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Yogi: Adam whose second moment moves by a share of the squared gradient at most.
 
@@ -728,32 +780,32 @@ def yogi(
         scale_by_moments(
             b1,
             b2,
-            second_moment=yogi_rule,
+            second_moment=rules.yogi,
             initial_mu=1e-6,
             initial_nu=1e-6,
             mu_storage=mu_storage,
             nu_storage=nu_storage,
         ),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def lamb(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-6,
-    eps_root: Scalar = 0.0,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-6,
+    eps_root: "Scalar" = 0.0,
+    weight_decay: "Rate" = 0.0,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
 
@@ -774,25 +826,25 @@ def lamb(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
-        _in_float32(optax.scale_by_trust_ratio()),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        scale_by_trust_ratio(),
         scale_by_lr(learning_rate),
     )
 
 
 def adam_atan2(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    scale: Scalar = 4 / math.pi,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    scale: "Scalar" = 4 / math.pi,
     *,
     nesterov: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""Adam without an epsilon: the division is an arc tangent.
 
@@ -814,25 +866,25 @@ def adam_atan2(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
-        direction.atan2(scale=scale),
-        *_decay_weights(weight_decay, mask),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
+        atan2(scale=scale),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def laprop(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-15,
-    eps_root: Scalar = 0.0,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-15,
+    eps_root: "Scalar" = 0.0,
     *,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""LaProp: first divide the gradient, then average.
 
@@ -858,23 +910,23 @@ def laprop(
         scale_by_moments(b1, None, mu_storage=mu_storage),
         debias(),
         first_moment(),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def adopt(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.9999,
-    eps: Scalar = 1e-6,
-    mu_dtype: Any | None = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.9999,
+    eps: "Scalar" = 1e-6,
+    mu_dtype: "DTypeLike | None" = None,
     *,
     use_clipping: bool = True,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
-    weight_decay: optax.ScalarOrSchedule | None = None,
-    mask: Mask = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
+    weight_decay: "Rate | None" = None,
+    mask: "Mask" = None,
 ) -> Optimizer:
     r"""ADOPT: divide by the second moment of the gradients before, then average.
 
@@ -900,35 +952,39 @@ def adopt(
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
     """
-    limit = lambda t: jnp.asarray(t, float) ** 0.25  # noqa: E731
+    check_bool("use_clipping", use_clipping)
     return optax.chain(
-        scale_by_moments(None, _from_first_gradient(b2), nu_storage=nu_storage),
-        correction.delay(),
-        correction.floor(eps=eps),
+        scale_by_moments(None, rules.from_first_gradient(b2), nu_storage=nu_storage),
+        delay(),
+        floor(eps=eps),
         normalize(eps=0.0),
-        *_when("use_clipping", use_clipping, clip_by_schedule(limit)),
+        *(
+            [clip_by_schedule(lambda t: jnp.asarray(t, float) ** 0.25)]
+            if check_bool("use_clipping", use_clipping)
+            else []
+        ),
         scale_by_moments(b1, None, mu_storage=_either(mu_dtype, mu_storage)),
         first_moment(),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def ademamix(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    b3: optax.ScalarOrSchedule = 0.9999,
-    alpha: optax.ScalarOrSchedule = 5.0,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    b3: "Rate" = 0.9999,
+    alpha: "Rate" = 5.0,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 0.0,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""AdEMAMix: Adam with a second, slower first moment mixed in.
 
@@ -951,24 +1007,24 @@ def ademamix(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(),
-        correction.mix_slow_moment(b3, alpha, mu_storage=_either(mu_dtype, mu_storage)),
+        mix_slow_moment(b3, alpha, mu_storage=_either(mu_dtype, mu_storage)),
         normalize(eps=eps, eps_root=eps_root),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def lion(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Scalar = 0.9,
-    b2: optax.ScalarOrSchedule = 0.99,
-    mu_dtype: Any | None = None,
-    weight_decay: optax.ScalarOrSchedule = 1e-3,
-    mask: Mask = None,
+    b1: "Scalar" = 0.9,
+    b2: "Rate" = 0.99,
+    mu_dtype: "DTypeLike | None" = None,
+    weight_decay: "Rate" = 1e-3,
+    mask: "Mask" = None,
     *,
-    mu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
 
@@ -992,29 +1048,30 @@ def lion(
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675).
     """
+    check_hyperparameter("b2", b2, upper=1, schedule=True)
     return optax.chain(
         scale_by_moments(b2, None, mu_storage=_either(mu_dtype, mu_storage)),
-        correction.interpolate(b1),
+        interpolate(b1),
         first_moment(),
         optax.scale_by_sign(),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
 def cautious_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: optax.ScalarOrSchedule = 0.9,
-    b2: optax.ScalarOrSchedule = 0.999,
-    eps: Scalar = 1e-8,
-    eps_root: Scalar = 0.0,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask = None,
+    b1: "Rate" = 0.9,
+    b2: "Rate" = 0.999,
+    eps: "Scalar" = 1e-8,
+    eps_root: "Scalar" = 0.0,
+    weight_decay: "Rate" = 1e-4,
+    mask: "Mask" = None,
     *,
     nesterov: bool = False,
     eps_hat: bool = False,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> Optimizer:
     r"""AdamW that moves only where its direction agrees with the gradient of this step.
 
@@ -1036,128 +1093,51 @@ def cautious_adamw(
     """
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
-        *_when("nesterov", nesterov, correction.nesterov()),
-        correction.cautious(),
+        *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
+        cautious(),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *_decay_weights(weight_decay, mask),
+        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
 
 
-# --- What the chains share ------------------------------------------------------------------------
+# --- Arguments of stages --------------------------------------------------------------------------
 
 
-def _when(name: str, wanted: bool, stage: Optimizer) -> list[Optimizer]:
-    """The stage, if the flag of this name asks for it."""
-    check_bool(name, wanted)
-    return [stage] if wanted else []
-
-
-def _decay_weights(weight_decay: optax.ScalarOrSchedule | None, mask: Mask) -> list[Optimizer]:
-    """Decoupled weight decay, if there is a rate."""
-    if weight_decay is None:
-        if mask is not None:
-            raise ValueError("mask says which leaves decay, but weight_decay is None.")
-        return []
-    check_hyperparameter("weight_decay", weight_decay, schedule=True)
-    return [_masked(_in_float32(optax.add_decayed_weights(weight_decay)), mask)]
-
-
-def _masked(tx: Optimizer, mask: Mask) -> Optimizer:
-    """`optax.masked`, but in `update` too a mask function sees the parameters, not the updates."""
-    if mask is None:
-        return tx
-    if not (callable(mask) and jax.tree_util.all_leaves([mask])):  # a module may be a callable tree
-        return optax.masked(tx, mask)
-
-    def update_fn(updates, state, params=None, **extra_args):
-        if params is None:
-            raise ValueError("Weight decay needs the parameters: pass params to update().")
-        return optax.masked(tx, mask(params)).update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(optax.masked(tx, mask).init, update_fn)
-
-
-def _momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any | None = None) -> Optimizer:
-    """The decaying sum of what comes in; without a momentum what comes in itself."""
-    check_bool("nesterov", nesterov)
-    tx = optax.identity()
-    if momentum is not None:
-        momentum = check_hyperparameter("momentum", momentum, upper=1)
-        if accumulator_dtype is not None:
-            check_dtype("accumulator_dtype", accumulator_dtype, jnp.inexact)
-        tx = _in_float32(optax.trace(momentum, nesterov, accumulator_dtype))
-    elif nesterov:
-        raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
-
-    def init_fn(params):
-        state = tx.init(params)
-        return jax.tree.map(_wide, state) if accumulator_dtype is None else state
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        check_updates("sgd", updates)
-        trainable = jax.tree.map(lambda p: p if _is_inexact(p) else None, params)
-        kept = trainable if momentum is None else state.trace
-        if kept is not None:
-            check_match("sgd", kept, updates)
-        return tx.update(updates, state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _in_float32(tx: optax.GradientTransformation) -> Optimizer:
-    """A transformation of optax in at least float32, whose results have the dtypes that came in."""
-
-    def update_fn(updates, state, params=None, **extra_args):
-        del extra_args
-        results = tx.update(*jax.tree.map(_wide, (updates, state, params)))
-        like = lambda new, old: new.astype(jnp.result_type(old))  # noqa: E731
-        return jax.tree.map(like, results, (updates, state))
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
-
-
-def _wide(x: Any) -> Any:
-    if not _is_inexact(x):
-        return x
-    return jnp.asarray(x).astype(accumulator(jnp.result_type(x)))
-
-
-def _is_inexact(x: Any) -> bool:
-    return jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.inexact)
-
-
-def _placed(eps: Scalar, in_sqrt: bool) -> dict[str, Scalar]:
-    """The one epsilon of an optimizer, under the root or beside it."""
-    check_hyperparameter("eps", eps)
-    check_bool("eps_in_sqrt", in_sqrt)
-    return {"eps": 0.0, "eps_root": eps} if in_sqrt else {"eps": eps}
-
-
-def _either(mu_dtype: Any | None, mu_storage: Storage | Any | None) -> Storage | Any | None:
+def _either(mu_dtype: DTypeLike | None, mu_storage: StorageLike) -> StorageLike:
     """How to keep the first moment: optax's `mu_dtype` is a dtype for `mu_storage`."""
     if mu_dtype is not None and mu_storage is not None:
         raise ValueError("mu_dtype and mu_storage both say how to keep the first moment: give one.")
     return mu_storage if mu_dtype is None else mu_dtype
 
 
-def _dozat(b1: Any, momentum_decay: Scalar | None, nesterov: bool) -> optax.Schedule | None:
+def _no_decay(weight_decay: Rate | None, mask: Mask) -> bool:
+    if weight_decay is None and mask is not None:
+        raise ValueError("mask says which leaves decay, but weight_decay is None.")
+    if weight_decay is not None:
+        check_hyperparameter("weight_decay", weight_decay, schedule=True)
+    return weight_decay is None
+
+
+def _no_momentum(momentum: Scalar | None, nesterov: bool) -> bool:
+    if momentum is None and check_bool("nesterov", nesterov):
+        raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
+    if momentum is not None:
+        check_hyperparameter("momentum", momentum, upper=1)
+    return momentum is None
+
+
+def _looks_ahead(nesterov: bool, momentum_decay: Scalar | None) -> bool:
+    if not check_bool("nesterov", nesterov) and momentum_decay is not None:
+        raise ValueError("momentum_decay needs nesterov=True.")
+    return nesterov
+
+
+def _dozat(b1: Any, momentum_decay: Scalar | None) -> optax.Schedule | None:
     """The momentum schedule of Dozat's section 2.2, if one is asked for."""
     if momentum_decay is None:
         return None
     decay = check_hyperparameter("momentum_decay", momentum_decay)
-    if callable(b1) or not nesterov:
-        raise ValueError("momentum_decay needs nesterov=True and a b1 that is no schedule.")
+    if callable(b1):
+        raise ValueError("momentum_decay needs a b1 that is no schedule.")
     return lambda t: b1 * (1 - 0.5 * 0.96 ** (decay * (jnp.asarray(t, float) + 1)))
-
-
-def _from_first_gradient(b2: Any) -> optax.Schedule:
-    """The rate of an average that starts with the first gradient, not with 0."""
-    b2 = check_hyperparameter("b2", b2, upper=1, schedule=True)
-
-    def schedule(count: Any) -> jax.Array:
-        rate = jnp.asarray(b2(count) if callable(b2) else b2, float)
-        return jnp.where(count > 0, rate, 0.0)
-
-    return schedule

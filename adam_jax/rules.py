@@ -1,13 +1,17 @@
 """The rules for a second moment: from the gradient and the last one to the next one.
 
 A rule is a pure function `(grad, mu, nu, decay) -> nu` of one leaf. `scale_by_moments` takes one of
-these, or your own.
+these, or your own. `from_first_gradient` is a rate for one.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from adam_jax._numerics import Scalar, scalar
+from adam_jax._checks import check_hyperparameter
+from adam_jax._numerics import Rate, Scalar, scalar
 from adam_jax.average import mixed
 
 
@@ -156,3 +160,37 @@ def accumulated(
     """
     del mu, decay
     return nu + jnp.real(jnp.conj(grad) * grad)
+
+
+def from_first_gradient(b2: "Rate") -> optax.Schedule:
+    r"""The rate of an average that starts with the first gradient, not with 0: ADOPT's.
+
+    .. math:: b_{2,t} = 0 \text{ for } t = 1, \text{ else } b_2
+
+    so that :math:`v_1 = |g_1|^2`, and there is nothing to debias.
+
+    Args:
+      b2: the rate :math:`b_2` from the second step on, in [0, 1): a number, a 0-d array of at least
+        float32, or a schedule from the number of steps taken so far to the rate.
+
+    Returns:
+      A schedule for the `b2` of `scale_by_moments`.
+
+    Raises:
+      ValueError: if `b2` is outside [0, 1), not a scalar or in less than float32.
+      TypeError: if it is not a number, an array or a schedule.
+
+    Example:
+      >>> rate = from_first_gradient(0.9)
+      >>> print(rate(0), rate(1))
+      0.0 0.9
+
+    Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 2.
+    """
+    b2 = check_hyperparameter("b2", b2, upper=1, schedule=True)
+
+    def schedule(count: Any) -> jax.Array:
+        rate = jnp.asarray(b2(count) if callable(b2) else b2, float)
+        return jnp.where(jnp.asarray(count) > 0, rate, 0.0)
+
+    return schedule

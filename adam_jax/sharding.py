@@ -1,4 +1,4 @@
-"""Where the state lives on many devices: beside the parameters that it belongs to."""
+"""Where the state lives on many devices: sharded as the parameters that it belongs to."""
 
 import itertools
 import math
@@ -10,7 +10,9 @@ import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from adam_jax._ownership import at, owner
+from adam_jax._ownership import NONE, at, leaves_by_path, owners
+
+Layout = tuple[tuple[int, ...], NamedSharding]  # of a parameter: its shape and its sharding
 
 
 def state_shardings(
@@ -18,91 +20,104 @@ def state_shardings(
 ) -> Any:
     """The shardings of an optimizer's state, from those of the parameters.
 
-    What belongs to a parameter is laid out axis by axis as the parameter is: moments, their codes
+    What belongs to a parameter is sharded axis by axis as the parameter is: moments, their codes
     and scales, rows and columns, residuals, gradients that are gathered over several steps. An axis
-    that the mesh does not divide lies whole on every device, and so do counts, weights, and all
-    that belongs to no parameter. An axis that was dropped or added is found by the lengths of the
-    others; where that has two answers, as for the rows of a square matrix in `optax.adafactor`, it
-    lies whole on every device too.
+    that the mesh does not divide is replicated, and so are counts, weights, and all that belongs to
+    no parameter. An axis that was dropped or added is found by the lengths of the others; where
+    that has two answers, as for the rows of a square matrix in `optax.adafactor`, it is replicated
+    too.
 
-    With `zero` the state of a parameter that is not split over that axis of the mesh is split over
-    it, all parts of it along one axis of the parameter: the one that leaves the fewest bytes on a
-    device (so blocks of 8 bits are not cut where another axis does as well), of those the longest.
-    What no axis divides stays whole. This is stage 1 of ZeRO: a step adds up the gradients, updates
-    a part of the state on each device, and gathers the new parameters.
+    With `zero` the state of a parameter that is not sharded over that axis of the mesh is sharded
+    over it, all parts of it along one axis of the parameter: the one that leaves the fewest bytes
+    on a device (so blocks of 8 bits are not cut where another axis does as well), of those the
+    longest. What no axis divides stays replicated. This is stage 1 of ZeRO: a step adds up the
+    gradients, updates a part of the state on each device, and gathers the new parameters.
 
     Make the state with ``jax.jit(tx.init, out_shardings=shardings)``: each device makes its own
     part and never holds a whole moment. On several processes, and on several devices that XLA
     simulates on a CPU, it must be made so: call by call, collectives start in different orders, and
     may wait for each other forever.
     Where a framework calls `init`, give it ``optax.GradientTransformationExtraArgs(init,
-    tx.update)`` with this compiled `init`. (Flax NNX lays out all that is in the box of an
-    annotated parameter by the annotation, though it may not divide the scales: annotate with
+    tx.update)`` with this compiled `init`. (Flax NNX shards all that is in the box of an annotated
+    parameter by the annotation, though it may not divide the scales: annotate with
     ``eager_sharding=False``.)
 
-    Compile the step with the shardings of the parameters and these as `out_shardings`: left alone,
-    XLA leaves the new parameters split as the state is.
+    Compile the step with the shardings of the parameters and these as `out_shardings`, as below:
+    without them XLA may leave the new parameters sharded as the state is.
 
     Args:
       tx: any optax transformation whose state holds trees shaped like the parameters.
       params: a tree of arrays, or of `jax.ShapeDtypeStruct`, whose `sharding` is a
         `NamedSharding`, all of one mesh, with automatic or explicit axes.
-      zero: the axis of the mesh over which the batch is split, to split the state over it too. None
-        lays out the state as the parameters are. Default None.
+      zero: the axis of the mesh over which the batch is sharded, to shard the state over it too.
+        None shards the state as the parameters are. Default None.
 
     Returns:
       A tree like ``tx.init(params)``, with a `NamedSharding` for each array.
 
     Raises:
-      ValueError: if a parameter carries no `NamedSharding`, or one of another mesh, naming it; if
-        there are no parameters; if the mesh has no axis `zero`.
+      ValueError: if a parameter has no `NamedSharding`, or one of another mesh, naming it; if there
+        are no parameters; if the mesh has no axis `zero`.
 
     Example:
-      >>> import adam_jax, jax, jax.numpy as jnp
+      >>> import adam_jax, jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-      >>> everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-      >>> params = jax.device_put({"kernel": jnp.zeros((64, 128))}, everywhere)
+      >>> replicated = NamedSharding(mesh, PartitionSpec())
+      >>> by_sample = NamedSharding(mesh, PartitionSpec("data"))
+      >>> params = jax.device_put({"kernel": jnp.zeros((64, 128))}, replicated)
       >>> tx = adam_jax.adam(1e-3)
       >>> shardings = adam_jax.state_shardings(tx, params, zero="data")
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
       >>> print(state[0].mu["kernel"].addressable_shards[0].data.size * jax.device_count())
       8192
+      >>> def step(params, state, x, y):
+      ...     loss = lambda params: jnp.mean((x @ params["kernel"] - y) ** 2)
+      ...     value, grads = jax.value_and_grad(loss)(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     return optax.apply_updates(params, updates), state, value
+      >>> out_shardings = {"kernel": replicated}, shardings, replicated
+      >>> step = jax.jit(step, out_shardings=out_shardings, donate_argnums=(0, 1))
+      >>> x, y = jax.device_put((jnp.ones((8, 64)), jnp.ones((8, 128))), by_sample)
+      >>> for _ in range(3):
+      ...     params, state, loss = step(params, state, x, y)
+      >>> print(params["kernel"].sharding.is_fully_replicated, round(float(loss), 2))
+      True 0.76
 
     Source: Rajbhandari et al., "ZeRO" (arXiv 1910.02054), section 5.1.
     """
     layouts = _layouts(params)
-    mesh = next(iter(layouts.values()))[1].mesh
+    mesh = next(layout for layout in layouts if layout)[1].mesh
     if zero is not None and zero not in mesh.axis_names:
         raise ValueError(f"zero must be an axis of the mesh, {mesh.axis_names}, got {zero!r}.")
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     state = jax.eval_shape(tx.init, shapes)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-    parts: dict[Any, list[Any]] = {place: [] for place in layouts}
-    owners = [owner(path, layouts) for path, _ in leaves]
-    for of, (_, leaf) in zip(owners, leaves, strict=True):
-        if of is not None:
-            parts[of].append(leaf)
+    owner_of = owners(state, shapes)
     if zero is not None:
-        layouts = {
-            place: (shape, _split(zero, shape, sharding, parts[place]))
-            for place, (shape, sharding) in layouts.items()
-        }
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = [
-        everywhere if of is None else beside(leaf.shape, *layouts[of])
-        for of, (_, leaf) in zip(owners, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, shardings)
+        parts: list[list[Any]] = [[] for _ in layouts]
+        for part, owner in zip(jax.tree.leaves(state), jax.tree.leaves(owner_of), strict=True):
+            if owner != NONE:
+                parts[owner].append(part)
+        layouts = [
+            layout and (layout[0], _split(zero, *layout, parts[number]))
+            for number, layout in enumerate(layouts)
+        ]
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(part, owner):
+        return replicated if owner == NONE else beside(part.shape, *layouts[owner])
+
+    return jax.tree.map(sharding, state, owner_of)
 
 
 def beside(
     shape: tuple[int, ...], param_shape: tuple[int, ...], sharding: NamedSharding
 ) -> NamedSharding:
-    """The layout of what is stored of a parameter: axis by axis that of the parameter.
+    """The sharding of what is stored of a parameter: axis by axis that of the parameter.
 
     With fewer axes than the parameter, or more, it has those of the same lengths in the same order.
-    An axis is split over as many axes of the mesh as divide it, one that may be one of several over
-    none.
+    An axis is sharded over as many axes of the mesh as divide it. If the matching axis is
+    ambiguous, it is replicated.
     """
     names, spec = _names(sharding, param_shape), []
     ways = list(_ways(shape, param_shape))
@@ -133,9 +148,9 @@ def _ways(shape: tuple[int, ...], param_shape: tuple[int, ...]) -> Iterator[Sequ
 def _split(
     zero: str, shape: tuple[int, ...], sharding: NamedSharding, parts: list[Any]
 ) -> NamedSharding:
-    """The layout of a parameter whose parts of the state are split over one more axis of the mesh.
+    """The sharding of a parameter, for its state, over one more axis of the mesh.
 
-    Of equally good ones, an axis that is not split yet, the longest, the first.
+    Of axes that leave as few bytes: one that is not sharded yet, the longest, the first.
     """
     names = _names(sharding, shape)
     if any(zero in each for each in names):
@@ -156,10 +171,14 @@ def _split(
     return min([sharding, *splits], key=local_bytes)
 
 
-def _layouts(params: Any) -> dict[tuple, tuple[tuple[int, ...], NamedSharding]]:
-    """The shape and the sharding of every parameter, by its place."""
-    layouts: dict[tuple, Any] = {}
-    for path, param in jax.tree_util.tree_leaves_with_path(params):
+def _layouts(params: Any) -> list[Layout | None]:
+    """The shape and the sharding of every parameter; None for a None."""
+    layouts: list[Layout | None] = []
+    first: Any = None  # the path of the first parameter, and its sharding
+    for path, param in leaves_by_path(params).items():
+        if param is None:
+            layouts.append(None)
+            continue
         sharding = None if isinstance(param, Tracer) else getattr(param, "sharding", None)
         if not isinstance(sharding, NamedSharding):
             raise ValueError(
@@ -168,19 +187,19 @@ def _layouts(params: Any) -> dict[tuple, tuple[tuple[int, ...], NamedSharding]]:
                 f"due: put it on the mesh with jax.device_put, or give a jax.ShapeDtypeStruct with "
                 f"one."
             )
-        first, (_, other) = next(iter(layouts.items()), (path, (None, sharding)))
-        if sharding.mesh != other.mesh:
+        first = first or (path, sharding)
+        if sharding.mesh != first[1].mesh:
             raise ValueError(
                 f"state_shardings needs all parameters on one mesh, but the one{at(path)} lies on "
-                f"{sharding.mesh}, and the one{at(first)} on {other.mesh}."
+                f"{sharding.mesh}, and the one{at(first[0])} on {first[1].mesh}."
             )
-        layouts[path] = param.shape, sharding
-    if not layouts:
+        layouts.append((param.shape, sharding))
+    if first is None:
         raise ValueError("state_shardings needs a parameter, to know the mesh from it.")
     return layouts
 
 
-# --- The axes of the mesh that an axis of an array is split over, always as a tuple --------------
+# --- The axes of the mesh that an axis of an array is sharded over, always as a tuple -------------
 
 
 def _names(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
@@ -197,7 +216,7 @@ def _with_names(sharding: NamedSharding, names: list[tuple[Any, ...]]) -> NamedS
 
 
 def as_param(part: Any, param: Any) -> Any:
-    """On a mesh with automatic axes: what is stored of a parameter, laid out as the parameter is.
+    """On a mesh with automatic axes: what is stored of a parameter, sharded as the parameter is.
 
     There XLA decides by itself where the results of `init` lie, if it is not jitted.
     """
@@ -206,30 +225,34 @@ def as_param(part: Any, param: Any) -> Any:
         return part
     if part.is_fully_addressable:
         return jax.device_put(part, beside(part.shape, jax.numpy.shape(param), sharding))
-    return part  # of a mesh that processes share no single one moves an array
-
-
-def parts_of_axis(x: jax.Array, axis: int) -> int:
-    """In how many parts an axis lies on a mesh with explicit axes."""
-    sharding = explicit(x)
-    if sharding is None:
-        return 1
-    names = sharding.spec[axis]
-    names = names if isinstance(names, tuple) else (names,)
-    return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
-
-
-def in_one_part(x: jax.Array, axis: int) -> jax.Array:
-    """The same array with one axis in one part, on a mesh with explicit axes."""
-    if parts_of_axis(x, axis) == 1:
-        return x
-    sharding = explicit(x)
-    names = [None if a == axis else name for a, name in enumerate(sharding.spec)]
-    spec = jax.sharding.PartitionSpec(*names)
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
+    return part  # on a mesh of several processes, one of them alone cannot move an array
 
 
 def explicit(x: jax.Array) -> Any:
     """The sharding that is part of an array's type, on a mesh with explicit axes; else None."""
     sharding = jax.typeof(x).sharding
     return None if sharding.mesh.empty else sharding
+
+
+def parts_of_axis(x: jax.Array, axis: int) -> int:
+    """Over how many devices an axis is sharded on a mesh with explicit axes."""
+    sharding = explicit(x)
+    if sharding is None:
+        return 1
+    return math.prod(sharding.mesh.shape[name] for name in _names(sharding, x.shape)[axis])
+
+
+def in_one_part(x: jax.Array, *axes: int) -> jax.Array:
+    """The same array with these axes replicated, on a mesh with explicit axes."""
+    if all(parts_of_axis(x, axis) == 1 for axis in axes):
+        return x
+    sharding = explicit(x)
+    replicated = [axis % x.ndim for axis in axes]
+    names = [() if a in replicated else n for a, n in enumerate(_names(sharding, x.shape))]
+    return jax.sharding.reshard(x, _with_names(sharding, names))
+
+
+def as_sharded(x: jax.Array, other: jax.Array) -> jax.Array:
+    """The same array sharded as another one is, on a mesh with explicit axes."""
+    sharding = explicit(other)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)

@@ -26,12 +26,13 @@ class Moments(NamedTuple):
     The averages carry their own rates and weights, so that no later stage repeats a decay rate.
 
     Attributes:
+      intact: a boolean scalar, true. A stage that takes the moments for updates and does arithmetic
+        on them gets an error from it (it comes first, so that nothing else fails before); one that
+        sets them to zero makes it false, and the update 0.
       grad: the gradient of this step, shape and dtype of the leaf.
       mu: the first moment, an `Average` whose value is at least float32 (or complex64). Where
         `scale_by_moments` was told to keep none, its value is the gradient.
       nu: the second moment, an `Average` whose value is real; None where none is kept.
-      intact: a boolean scalar, true. A stage that takes the moments for updates and does arithmetic
-        on them gets an error from it; one that sets them to zero makes it false, and the update 0.
       rounded: () where the moments lose digits between two steps, None where they do not.
 
     Example:
@@ -47,10 +48,10 @@ class Moments(NamedTuple):
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1 and section 3.
     """
 
+    intact: Any
     grad: jax.Array
     mu: Average
     nu: Average | None
-    intact: Any
     rounded: Any = None
 
     def kept_mu(self) -> Average:
@@ -80,6 +81,8 @@ _DONE = (
 
 class _Intact(np.ndarray):
     """The boolean scalar of `Moments`, which refuses NumPy's arithmetic and Python's operators."""
+
+    __array_priority__ = 1000  # before an array of JAX takes over
 
     def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"There are Moments of adam_jax.scale_by_moments here, that {_DONE}")
@@ -151,12 +154,14 @@ def map_values(fn: Callable[[Moments], Any], updates: optax.Updates) -> Any:
 
 
 def params_of(updates: optax.Updates, params: Any) -> Any:
-    """The parameter of every leaf; None where there is none or the tree is another one."""
+    """The parameter of every leaf; None where there is no array, or the tree is another one."""
     structure: Any = jax.tree.structure(updates, is_leaf=is_leaf)
     try:
-        return structure.unflatten(structure.flatten_up_to(params))
+        leaves = structure.flatten_up_to(params)
     except ValueError:
-        return structure.unflatten([None] * structure.num_leaves)
+        leaves = [None] * structure.num_leaves
+    is_array = lambda p: hasattr(p, "dtype") or isinstance(p, int | float | complex)  # noqa: E731
+    return structure.unflatten([p if is_array(p) else None for p in leaves])
 
 
 def stateless(
@@ -170,9 +175,10 @@ def stateless(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        return map_moments(stage, inside, updates), state
+        with jax.named_scope(stage):
+            return map_moments(stage, inside, updates), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, named_after(stage, update_fn))
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
 def to_updates(
@@ -195,18 +201,7 @@ def to_updates(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        return map_moments(stage, inside, updates, params_of(updates, params)), state
+        with jax.named_scope(stage):
+            return map_moments(stage, inside, updates, params_of(updates, params)), state
 
-    return optax.GradientTransformationExtraArgs(_no_state, named_after(stage, update_fn))
-
-
-def named_after(stage: str, update_fn: Any) -> Any:
-    """Tracebacks, which JAX keeps of every equation, then name the stage (`fusion._graph`)."""
-    qualname = f"{stage}.<locals>.update_fn"
-    update_fn.__code__ = update_fn.__code__.replace(co_qualname=qualname)
-    return update_fn
-
-
-def _no_state(params):
-    del params
-    return optax.EmptyState()
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)

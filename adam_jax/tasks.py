@@ -50,7 +50,7 @@ from adam_jax._numerics import accumulator, as_count, increment, real, safe_divi
 from adam_jax._ownership import at, leaves_by_path
 from adam_jax._random import random_bits
 from adam_jax.optimizers import adam
-from adam_jax.signal import check_updates, named_after, params_of
+from adam_jax.signal import check_updates, params_of
 from adam_jax.updates import CountState
 
 # --- From gradients to their inner products, and from weights to one gradient ---------------------
@@ -696,7 +696,7 @@ def _stage(
         weights, state = weigh(updates, state, tasks, value)
         return combine(updates, weights, params), state
 
-    return optax.GradientTransformationExtraArgs(init, named_after(stage, update_fn))
+    return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
 def _check_tasks(stage: str, updates: optax.Updates, params: Any) -> int | None:

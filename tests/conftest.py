@@ -59,3 +59,10 @@ def dtype(request):
     jax.config.update("jax_enable_x64", "64" in request.param)
     yield request.param.split()[0]
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def promoting():
+    """The arithmetic of optax and of the frameworks is not strict about dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

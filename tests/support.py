@@ -1,6 +1,7 @@
 """What several test files need: the table of tolerances, trees, gradients, and runners."""
 
 import os
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -92,6 +93,15 @@ def assert_close(actual, expected, tolerance: str):
         actual,
         expected,
     )
+
+
+def assert_names(error, message):
+    """An error says what a message says, in whatever words: its leaf, its arguments, its remedy."""
+    names = re.findall(
+        r"(?<=\[')\w+|\b(?:adam_jax|optax)\.\w+|\b\w+_\w+|\bgot \S+$|\w+\(\)|\bparams\b", message
+    )
+    missing = [name for name in names or [message] if name not in str(error)]
+    assert not missing, f"{missing} not in: {error}"
 
 
 def stack(trees):

@@ -30,7 +30,8 @@ TASKS = ["gram", "combine", "weighted", "mgda", "cagrad", "pcgrad", "aligned_mtl
          "per_task", "GradnormState"]  # fmt: skip
 BASES = ["Basis", "eigenvectors", "Eigenvectors", "singular_vectors", "SingularVectors",
          "InBasisState"]  # fmt: skip
-MODULES = [f"basis.{name}" for name in BASES]
+RULES = ["squared", "belief", "yogi", "infinity", "accumulated", "from_first_gradient"]
+MODULES = [f"basis.{name}" for name in BASES] + [f"rules.{name}" for name in RULES]
 MODULES += [f"storage.{name}" for name in STORAGES] + [f"tasks.{name}" for name in TASKS]
 
 

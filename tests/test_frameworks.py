@@ -132,13 +132,6 @@ def test_training_equals_optax(train, name):
 # --- The frameworks do to the numbers what a plain loop does --------------------------------------
 
 
-@pytest.fixture
-def promoting():
-    """The arithmetic of the frameworks and of `optax.apply_updates` is not strict about dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def plain_step(tx, params, state, grads):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state

@@ -366,7 +366,7 @@ def test_sharded_execution_gives_the_same_numbers(name, x64):
     initial, outputs, states = sharded()
     mine = [output[name] for output in outputs]
     for leaf in jax.tree.leaves((initial[name], mine, states[name])):
-        if jnp.ndim(leaf):
+        if jnp.ndim(leaf) and leaf.shape[0] % 8 == 0:
             assert leaf.sharding.is_equivalent_to(on_eight_devices(leaf), leaf.ndim)
     expected_outputs, expected_states = plain(jax.devices("cpu")[0])
     assert_close(stack(mine), expected_outputs[name], "fused")

@@ -69,7 +69,7 @@ LABELS = {name: "large" if name in ("kernel", "embedding") else "small" for name
 EXPECTED = {
     "adamw": (adam_jax.adamw(1e-3), {
         "0/count": (P(), P()),
-        "0/mu_weight/value": (P(), P()),
+        "0/weights": (P(), P()),
         "0/mu/kernel": (P(None, "model"), P("data", "model")),
         "0/nu/square": (P("model"), P("model", "data")),
         "0/nu/bias": (P("model"), P(("model", "data"))),
@@ -88,6 +88,7 @@ EXPECTED = {
         "0/mu/codes/vector": (P("model"), P(("model", "data"))),
         "0/mu/scales/vector": (P("model"), P("model")),
         "0/mu/whole/bias": (P("model"), P(("model", "data"))),
+        "0/mu/codes/bias": (P(), P()),  # a placeholder
     }),
     "4-bit, factored": (adam_jax.adamw(1e-3, mu_storage=INT4, nu_storage=FACTORED), {
         "0/mu/codes/kernel": (P(None, "model"), P("data", "model")),
@@ -172,11 +173,11 @@ def test_every_part_can_lie_as_it_shall(name):
 
 
 def test_a_parameter_that_is_the_whole_tree():
-    """Every place ends in no place at all: what has other axes than it lies on every device."""
+    """Every path ends in the empty one: counts and weights are replicated."""
     kernel = given()["kernel"]
     state = adam_jax.state_shardings(adam_jax.adamw(1e-3, **EIGHT_BITS), kernel, zero="data")
     assert state[0].mu.scales.spec == P("data", "model")
-    assert state[0].count.spec == state[-1].step.spec == P()
+    assert state[0].count.spec == state[0].weights.spec == state[-1].count.spec == P()
 
 
 def test_the_longest_place_counts():

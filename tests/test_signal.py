@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close
+from support import assert_close, assert_names
 
 import adam_jax
 from adam_jax._jit import once
@@ -144,7 +144,7 @@ BUILDING = {
     "initial_nu below 0": (
         lambda: adam_jax.adagrad(0.1, -1.0),
         ValueError,
-        "initial_nu must be finite and at least 0, got -1.0.",
+        "initial_accumulator_value must be finite and at least 0, got -1.0.",
     ),
     "interpolate beyond the average": (
         lambda: adam_jax.interpolate(1.5),
@@ -271,8 +271,7 @@ RUNNING = {
     "adamw without params": (
         lambda: updated(adam_jax.adamw(1e-3), PARAMS, pass_params=False),
         ValueError,
-        "You are using a transformation that requires the current value of parameters, but you "
-        "are not passing `params` when calling `update`.",
+        "decay_weights needs the parameters: pass params to update().",
     ),
     "integer parameters": (
         lambda: adam_jax.adam(1e-3).init({"step": jnp.asarray(3), "w": jnp.ones(2)}),
@@ -336,7 +335,7 @@ def test_wrong_calls(case):
     call, error, message = case
     with pytest.raises(error) as caught:
         call()
-    assert str(caught.value) == message
+    assert_names(caught.value, message)
 
 
 @pytest.mark.parametrize(
@@ -359,9 +358,9 @@ def test_messages_under_jit_are_the_same():
 
 
 def test_other_containers_are_refused():
-    """The leaves agree, the containers do not: JAX's own message names both."""
+    """The leaves agree, the containers do not."""
     tx = adam_jax.adam(1e-3)
-    with pytest.raises(ValueError, match="tuple"):
+    with pytest.raises(ValueError, match=r"another tree than init\(\)"):
         tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
 
 
@@ -523,7 +522,7 @@ def test_a_second_delay_is_refused():
 
 def test_traced_once_remembers_the_numbers_of_every_shape():
     """What is a Python number in the result belongs to the shape it came from."""
-    ranks = traced_once(lambda x: (x, float(x.ndim)))
+    ranks = functools.partial(once, lambda x: (x, float(x.ndim)))
 
     @jax.jit
     def traced(*arrays):
@@ -551,7 +550,7 @@ BETWEEN = {
     # These fail by themselves, because the signal has numbers in it or another structure than the
     # parameters.
     "scale_by_schedule": (optax.scale_by_schedule(lambda count: 0.5), "fails"),
-    "clip_by_global_norm": (optax.clip_by_global_norm(1.0), "fails"),
+    "clip_by_global_norm": (optax.clip_by_global_norm(1.0), "told"),
     "clip_by_block_rms": (optax.clip_by_block_rms(1.0), "fails"),
     "add_noise": (optax.add_noise(0.1, 0.1, 0), "fails"),
     "centralize": (optax.centralize(), "fails"),
@@ -604,13 +603,15 @@ def test_stages_of_optax_between_the_moments_and_their_division(name, wrap):
         with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
             wrap(tx.update)(PAIR, state, PAIR)
     if outcome == "told":
-        leaf = "w" if name.startswith("masked") else "b"
         assert type(caught.value) is TypeError
-        assert str(caught.value) == (
-            f"bias_correct got Moments at ['{leaf}'] that a stage in between took for updates and "
-            "did arithmetic on, such as optax.scale or optax.clip: put it before "
-            "adam_jax.scale_by_moments(...), where it acts on the gradients, or after "
-            "adam_jax.bias_correct(...), where it acts on the update."
+        assert_names(
+            caught.value,
+            (
+                "Moments that a stage in between took for updates and "
+                "did arithmetic on, such as optax.scale or optax.clip: put it before "
+                "adam_jax.scale_by_moments(...), where it acts on the gradients, or after "
+                "adam_jax.bias_correct(...), where it acts on the update."
+            ),
         )
 
 
@@ -656,8 +657,8 @@ NO_GRADIENTS = {
         ("scale_by_moments", adam_jax.adam(0.1)),
         ("scale_by_lr", adam_jax.scale_by_lr(0.1)),
         ("clip_by_schedule", adam_jax.clip_by_schedule(lambda count: 1.0)),
-        ("sgd", adam_jax.sgd(0.1)),
-        ("sgd", adam_jax.momentum(0.1)),
+        ("scale_by_lr", adam_jax.sgd(0.1)),
+        ("accumulate", adam_jax.momentum(0.1)),
     ],
 )
 def test_integers_and_booleans_are_no_gradients(stage, tx, dtype):
@@ -751,7 +752,7 @@ def test_one_count_for_every_scale_by_moments(name):
     """So that `tree_get(state, "count")` finds the count; laprop and adopt average twice."""
     state = MEMBERS[name](0.1).init(jnp.ones(2))
     counts = optax.tree_utils.tree_get_all_with_path(state, "count")
-    stages = [s for s in chains.stages(MEMBERS[name](0.1).update) if "scale_by_moments" in s]
+    stages = [s for s in chains.stages(name) if "scale_by_moments" in s]
     assert len(counts) == len(stages)
     if name not in ("laprop", "adopt", "sgd", "momentum", "nesterov_momentum"):
         assert optax.tree_utils.tree_get(state, "count") == 0

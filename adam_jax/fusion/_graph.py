@@ -40,14 +40,14 @@ class Equation(NamedTuple):
       params: the parameters of the primitive.
       inputs: values or constants.
       outputs: values.
-      tracebacks: where the equation was written, then where the calls around it were.
+      sources: where the equation was written, then where the calls around it were.
     """
 
     primitive: Any
     params: dict[str, Any]
     inputs: list[Any]
     outputs: list[Value]
-    tracebacks: tuple
+    sources: tuple
 
     @property
     def tile_operation(self) -> TileOperation | None:
@@ -60,7 +60,7 @@ class Equation(NamedTuple):
     @property
     def stage(self) -> str:
         """The name of the stage, or of the storage, that the equation is part of."""
-        return _stage(self.tracebacks)
+        return _stage(self.sources)
 
     def refuse(self) -> None:
         raise ValueError(
@@ -76,17 +76,19 @@ class Equation(NamedTuple):
 STAGE = re.compile(r"(\w+)\.<locals>\.(?:update|update_fn|save|load)")
 
 
-def _stage(tracebacks: Sequence[Any]) -> str:
-    """The innermost stage or storage of a traceback: the frames begin at the equation."""
-    for traceback in tracebacks:
-        for frame in traceback.frames if traceback else ():
+def _stage(sources: Sequence[Any]) -> str:
+    """The innermost stage or storage around an equation: the frames begin at the equation."""
+    for source in sources:
+        for frame in source.traceback.frames if source.traceback else ():
             if match := STAGE.fullmatch(frame.function_name):
-                return match[1]
+                # `signal.stateless` and `to_updates` make stages, and name them in their scope.
+                *_, scope = str(source.name_stack).split("/")
+                return scope if match[1] in ("stateless", "to_updates") else match[1]
     return "a stage"
 
 
 def inlined(
-    closed: Any, inputs: Sequence[Any], tracebacks: tuple = ()
+    closed: Any, inputs: Sequence[Any], sources: tuple = ()
 ) -> tuple[list[Equation], list[Any]]:
     """The equations of a jaxpr and of all that it calls, and its results.
 
@@ -105,7 +107,7 @@ def inlined(
     for eqn in jaxpr.eqns:
         operands = [read(atom) for atom in eqn.invars]
         results: list[Any] = [Value(var.aval) for var in eqn.outvars]
-        around = (eqn.source_info.traceback, *tracebacks)
+        around = (eqn.source_info, *sources)
         if eqn.primitive.name in CALLS:
             called = next(
                 eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from adam_jax._checks import check_dtype, kind
 from adam_jax._numerics import SMALL, accumulator, is_complex, real
-from adam_jax._ownership import at, leaves_by_path, path_name
+from adam_jax._ownership import at, leaves_by_path, path_name, placeholder
 from adam_jax._random import random_bits
 from adam_jax.sharding import as_param
 
@@ -60,7 +60,7 @@ class Storage(NamedTuple):
     A moment starts as what `save` makes of its initial value. A storage that keeps several arrays
     of a moment names them: `parts` is a NamedTuple of them, and last of `whole`, for the leaves
     that do not fit. The state then holds one of it, of trees shaped like the parameters. Where a
-    leaf has no such part there is a placeholder: False, with as many axes as the leaf.
+    leaf has no such part there is a placeholder: a few times False, with as many axes as the leaf.
 
     Attributes:
       save: `(moment, leaf) -> stored`: from an array of the leaf's shape and at least float32 to an
@@ -125,7 +125,7 @@ def only_first(dtype: Any) -> str | None:
 
 
 # What moments start from while `from_optax` makes a state, by stage and moment, and by the path of
-# the parameter. An `init` takes the parameters and nothing else.
+# the parameter; others start as ever. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
 
 
@@ -182,14 +182,15 @@ class Slot(NamedTuple):
         leaves, structure = self._leaves(params, 0)
 
         def stored(leaf, param):
-            start, parts = self._start(leaf, value), [None] * len(self._names)
+            start = self._start(leaf, value)
+            parts: list[Any] = [None] * len(self._names)
             if self.storage.fits(leaf):
                 # Unless it is kept from knowing the value, XLA works out the codes in compilation.
                 start = jax.lax.optimization_barrier(jnp.asarray(start, leaf.dtype))
                 parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
             else:
                 parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
-            return [as_param(_placeholder(leaf) if x is None else x, param) for x in parts]
+            return [as_param(placeholder(leaf.shape) if x is None else x, param) for x in parts]
 
         return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
 
@@ -206,7 +207,8 @@ class Slot(NamedTuple):
             try:
                 whole = self._is_whole(parts, leaf)
                 moment = parts[-1] if whole else self.storage.load(self._of_parts(parts), leaf)
-                fits = kind(moment) == kind(leaf)
+                fits = moment.shape == leaf.shape
+                fits = fits and (moment.dtype.kind == "c") == (leaf.dtype.kind == "c")
             except (AttributeError, TypeError, ValueError) as error:
                 raise self._mismatch(parts, leaf) from error
             if not fits:
@@ -241,15 +243,13 @@ class Slot(NamedTuple):
         return leaves, structure
 
     def _start(self, leaf: Leaf, value: float) -> Any:
-        starts = STARTS.get({}).get((self.stage, self.moment))
-        if starts is None:
+        start = STARTS.get({}).get((self.stage, self.moment), {}).get(leaf.path)
+        if start is None:
             return value
-        start = starts.pop(leaf.path, None)
-        if start is None or jnp.shape(start) != leaf.shape:
-            was = "none" if start is None else f"one of shape {jnp.shape(start)}"
+        if jnp.shape(start) != leaf.shape:
             raise ValueError(
                 f"{self.stage} needs a {self.moment} of shape {leaf.shape} for the parameter at "
-                f"{leaf.path!r}, and the state has {was}."
+                f"{leaf.path!r}, and the state has one of shape {jnp.shape(start)}."
             )
         return jnp.array(start)  # a copy, that may be donated
 
@@ -282,13 +282,20 @@ class Slot(NamedTuple):
             return True
         if self.storage.parts is not None:
             return kept.dtype != bool
+        if self.storage.fits(leaf):
+            return False
+        if not jax.sharding.get_abstract_mesh().manual_axes:
+            return True
+        # A part of a larger leaf, inside jax.shard_map: what is stored tells.
         wide = jnp.issubdtype(kept.dtype, jnp.inexact) and jnp.finfo(kept.dtype).bits >= 32
-        return wide and kept.shape == leaf.shape and not self.storage.fits(leaf)
+        return wide and kept.shape == leaf.shape
 
     def _tree(self, stored: list[list[Any]], structure: Any) -> Any:
         """From what is stored of each leaf to what a state keeps."""
-        columns = [[parts[i] for parts in stored] for i in range(len(self._names))]
-        return self._of_parts([structure.unflatten(column) for column in columns])
+        if self.storage.parts is None:
+            return structure.unflatten([parts[0] for parts in stored])
+        columns = [structure.unflatten(column) for column in zip(*stored, strict=True)]
+        return self.storage.parts(*columns or [structure.unflatten([])] * len(self._names))
 
     def _stored(self, state: Any, grads: Any, structure: Any) -> list[list[Any]]:
         """What a state keeps of each leaf, where its trees are like the gradients'."""
@@ -326,18 +333,19 @@ class Slot(NamedTuple):
     def _mismatch(self, parts: list[Any], leaf: Leaf) -> ValueError:
         """What is kept of a leaf is not what this storage keeps of it."""
         described = lambda parts: " and ".join(  # noqa: E731
-            f"{name} {kind(part)}".strip() for name, part in zip(self._names, parts, strict=True)
+            f"{name} {getattr(part, 'dtype', part)}{list(jnp.shape(part))}".strip()
+            for name, part in zip(self._names, parts, strict=True)
+            if kind(part) != kind(None) and part.dtype.kind != "b"
         )
         moment = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        due: list[Any] = [moment]
+        due: list[Any] = [*[placeholder(leaf.shape)] * (len(self._names) - 1), moment]
         if self.storage.fits(leaf):
-            due = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
-        else:
-            due = [*[None] * (len(self._names) - 1), moment]
+            saved = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
+            due = [placeholder(leaf.shape) if part is None else part for part in saved]
         return ValueError(
-            f"{self.stage} got a state that does not match the gradients: of the leaf at "
-            f"{leaf.path!r} it keeps {self.moment} as {described(parts)}, and for a gradient of "
-            f"shape {leaf.shape} this {self.moment}_storage keeps {described(due)}. {_REMEDY}"
+            f"{self.stage} got gradients that do not match its state: of the leaf at {leaf.path!r} "
+            f"the state keeps {self.moment} as {described(parts)}, and for a gradient of shape "
+            f"{leaf.shape} this {self.moment}_storage keeps {described(due)}. {_REMEDY}"
         )
 
 
@@ -346,8 +354,3 @@ _REMEDY = (
     "Give the storage that the state was made with, and gradients shaped like the parameters of "
     "init(); or make the state anew with init()."
 )
-
-
-def _placeholder(leaf: Leaf) -> jax.Array:
-    """For a part that a leaf does not have: specs of the leaf fit it, and checkpoints keep it."""
-    return jnp.zeros((1,) * len(leaf.shape), bool)
