@@ -72,10 +72,8 @@ def sgd(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.sgd(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.sgd(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.3]
 
     Source: Robbins and Monro, "A Stochastic Approximation Method" (1951).
@@ -110,10 +108,8 @@ def momentum(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.momentum(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.momentum(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.3]
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
@@ -145,10 +141,8 @@ def nesterov_momentum(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.nesterov_momentum(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.nesterov_momentum(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.57]
 
     Source: Sutskever et al., "On the importance of initialization and momentum" (ICML 2013).
@@ -183,15 +177,14 @@ def adagrad(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.adagrad(0.1, 0.0)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.adagrad(0.1, 0.0), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011).
     """
     check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
+    check_bool("eps_in_sqrt", eps_in_sqrt)
     return optax.chain(
         scale_by_moments(
             None,
@@ -200,9 +193,7 @@ def adagrad(
             initial_nu=initial_accumulator_value,
             nu_storage=nu_storage,
         ),
-        normalize(eps=0.0, eps_root=eps)
-        if check_bool("eps_in_sqrt", eps_in_sqrt)
-        else normalize(eps=eps),
+        normalize(eps=0.0, eps_root=eps) if eps_in_sqrt else normalize(eps=eps),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
     )
@@ -246,10 +237,8 @@ def rmsprop(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.rmsprop(0.1, 0.75)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.rmsprop(0.1, 0.75), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.2]
 
     Source: Hinton, "Neural Networks for Machine Learning" (2012), lecture 6e.
@@ -261,15 +250,14 @@ def rmsprop(
         )
     check_hyperparameter("decay", decay, upper=1, schedule=True)
     check_hyperparameter("initial_scale", initial_scale)
+    check_bool("eps_in_sqrt", eps_in_sqrt)
     return optax.chain(
         scale_by_moments(
             decay if centered else None, decay, initial_nu=initial_scale, nu_storage=nu_storage
         ),
         *([debias()] if check_bool("bias_correction", bias_correction) else []),
         *([center()] if check_bool("centered", centered) else []),
-        normalize(eps=0.0, eps_root=eps)
-        if check_bool("eps_in_sqrt", eps_in_sqrt)
-        else normalize(eps=eps),
+        normalize(eps=0.0, eps_root=eps) if eps_in_sqrt else normalize(eps=eps),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
         *([] if _no_momentum(momentum, nesterov) else [accumulate(momentum, nesterov=nesterov)]),
@@ -426,21 +414,16 @@ def nadam(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.nadam(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.nadam(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1474]
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
+    _check_look_ahead(nesterov, momentum_decay)
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *(
-            [correction.nesterov(_dozat(b1, momentum_decay))]
-            if _looks_ahead(nesterov, momentum_decay)
-            else []
-        ),
+        *([correction.nesterov(_dozat(b1, momentum_decay))] if nesterov else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
@@ -470,28 +453,22 @@ def nadamw(
     with NAdam's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
-      nesterov: False gives plain Adam, as in optax.
-      momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
-        the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
-      The other arguments are those of `adam`.
+      nesterov: as in `nadam`.
+      momentum_decay: as in `nadam`.
+      The other arguments are those of `adam`, with a default of 1e-4 for `weight_decay`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.nadamw(0.1, weight_decay=0.5)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.nadamw(0.1, weight_decay=0.5), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1974]
 
     Source: Dozat, "Incorporating Nesterov Momentum into Adam" (ICLR 2016 workshop), algorithm 2.
     """
+    _check_look_ahead(nesterov, momentum_decay)
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
-        *(
-            [correction.nesterov(_dozat(b1, momentum_decay))]
-            if _looks_ahead(nesterov, momentum_decay)
-            else []
-        ),
+        *([correction.nesterov(_dozat(b1, momentum_decay))] if nesterov else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
         scale_by_lr(learning_rate),
@@ -529,10 +506,8 @@ def amsgrad(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.amsgrad(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.amsgrad(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
@@ -547,11 +522,7 @@ def amsgrad(
     return optax.chain(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
-        *(
-            [running_max(nu_storage=nu_storage)]
-            if check_bool("max_before_correction", max_before_correction)
-            else []
-        ),
+        *([running_max(nu_storage=nu_storage)] if max_before_correction else []),
         debias(mu=bias_correction_mu, nu=bias_correction_nu and not eps_hat),
         *([] if max_before_correction else [running_max(nu_storage=nu_storage)]),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=True)
@@ -587,10 +558,8 @@ def radam(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.radam(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.radam(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.3]
 
     Source: Liu et al., "On the Variance of the Adaptive Learning Rate" (arXiv 1908.03265).
@@ -628,10 +597,8 @@ def adabelief(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.adabelief(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.adabelief(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1111]
 
     Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
@@ -673,10 +640,8 @@ def adamax(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.adamax(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.adamax(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
@@ -721,10 +686,8 @@ def adamaxw(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.adamaxw(0.1, weight_decay=0.5)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.adamaxw(0.1, weight_decay=0.5), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.15]
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
@@ -768,10 +731,8 @@ def yogi(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.yogi(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.yogi(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: Zaheer et al., "Adaptive Methods for Nonconvex Optimization" (NeurIPS 2018).
@@ -816,10 +777,8 @@ def lamb(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.lamb(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.lamb(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: You et al., "Large Batch Optimization for Deep Learning" (arXiv 1904.00962).
@@ -856,10 +815,8 @@ def adam_atan2(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.adam_atan2(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.adam_atan2(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: Everett et al., "Scaling Exponents Across Parameterizations" (arXiv 2407.05872).
@@ -896,10 +853,8 @@ def laprop(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.laprop(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.laprop(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1]
 
     Source: Ziyin, Wang and Ueda, "LaProp" (arXiv 2002.04839), algorithm 1.
@@ -958,11 +913,7 @@ def adopt(
         delay(),
         floor(eps=eps),
         normalize(eps=0.0),
-        *(
-            [clip_by_schedule(lambda t: jnp.asarray(t, float) ** 0.25)]
-            if check_bool("use_clipping", use_clipping)
-            else []
-        ),
+        *([clip_by_schedule(lambda t: jnp.asarray(t, float) ** 0.25)] if use_clipping else []),
         scale_by_moments(b1, None, mu_storage=_either(mu_dtype, mu_storage)),
         first_moment(),
         *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
@@ -997,10 +948,8 @@ def ademamix(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.ademamix(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.ademamix(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.10005]
 
     Source: Pagliardini et al., "The AdEMAMix Optimizer" (arXiv 2409.03137), algorithm 1.
@@ -1040,10 +989,8 @@ def lion(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.lion(0.1)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.lion(0.1), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.1001]
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms" (arXiv 2302.06675).
@@ -1083,10 +1030,8 @@ def cautious_adamw(
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> tx = adam_jax.cautious_adamw(0.1, weight_decay=0.5)
-      >>> params = jnp.ones(1)
-      >>> updates, _ = tx.update(jnp.array([3.0]), tx.init(params), params)
-      >>> print(updates)
+      >>> tx, params = adam_jax.cautious_adamw(0.1, weight_decay=0.5), jnp.ones(1)
+      >>> print(tx.update(jnp.array([3.0]), tx.init(params), params)[0])
       [-0.15]
 
     Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
@@ -1127,10 +1072,9 @@ def _no_momentum(momentum: Scalar | None, nesterov: bool) -> bool:
     return momentum is None
 
 
-def _looks_ahead(nesterov: bool, momentum_decay: Scalar | None) -> bool:
+def _check_look_ahead(nesterov: bool, momentum_decay: Scalar | None) -> None:
     if not check_bool("nesterov", nesterov) and momentum_decay is not None:
         raise ValueError("momentum_decay needs nesterov=True.")
-    return nesterov
 
 
 def _dozat(b1: Any, momentum_decay: Scalar | None) -> optax.Schedule | None:
