@@ -121,7 +121,7 @@ def step_weights(
       rates: by their names, for each moment a Python number, a 0-d array, or a schedule.
       count: the number of steps taken so far, an integer scalar.
     """
-    weights = getattr(state, "weights", None)
+    weights: Any = getattr(state, "weights", None)
     if isinstance(weights, jax.ShapeDtypeStruct) or jnp.shape(weights) != (ROWS, len(rates)):
         raise ValueError(
             f"{stage} needs weights of shape {(ROWS, len(rates))} in its state, got {weights!r}: "

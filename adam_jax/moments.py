@@ -162,7 +162,7 @@ def scale_by_moments(
         return moments, ScaleByMomentsState(
             count=increment(count, draws=rounded is not None),
             mu=None if mu is None else save_mu(map_values(lambda m: m.mu.value, moments)),
-            nu=None if nu is None else save_nu(map_values(lambda m: m.nu.value, moments)),
+            nu=None if nu is None else save_nu(map_values(lambda m: m.kept_nu().value, moments)),
             weights=weights,
         )
 
