@@ -37,7 +37,7 @@ from adam_jax.correction import (
 )
 from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
 from adam_jax.moments import scale_by_moments
-from adam_jax.storage import Storage
+from adam_jax.storage._protocol import StorageLike
 from adam_jax.updates import (
     Mask,
     accumulate,
@@ -48,7 +48,6 @@ from adam_jax.updates import (
 )
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
-StorageLike: TypeAlias = Storage | DTypeLike | None
 
 
 def sgd(
