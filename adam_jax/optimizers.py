@@ -537,6 +537,8 @@ def amsgrad(
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
     check_bool("max_before_correction", max_before_correction)
+    check_bool("bias_correction_mu", bias_correction_mu)
+    check_bool("bias_correction_nu", bias_correction_nu)
     if check_bool("eps_hat", eps_hat) and not max_before_correction:
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
