@@ -1,4 +1,4 @@
-"""The equations of a step: read from its jaxpr, with all that it calls."""
+"""The equations of a step, read from its jaxpr and from the jaxprs that it calls."""
 
 import re
 from collections.abc import Iterable, Sequence
