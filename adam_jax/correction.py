@@ -11,8 +11,7 @@ from adam_jax._jit import once
 from adam_jax._numerics import Rate, Scalar, as_count, increment, scalar
 from adam_jax.average import Average, mixed, no_weights, step_weights
 from adam_jax.signal import Moments, map_moments, stateless
-from adam_jax.storage import Storage
-from adam_jax.storage._protocol import Slot
+from adam_jax.storage._protocol import Slot, StorageLike
 
 
 def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationExtraArgs:
@@ -143,9 +142,7 @@ class NesterovState(NamedTuple):
     weights: jax.Array
 
 
-def running_max(
-    *, nu_storage: Storage | Any | None = None
-) -> optax.GradientTransformationExtraArgs:
+def running_max(*, nu_storage: "StorageLike" = None) -> optax.GradientTransformationExtraArgs:
     r"""AMSGrad: let the second moment never fall.
 
     .. math:: v^{max}_t = \max(v^{max}_{t-1}, v_t)
@@ -370,7 +367,7 @@ def mix_slow_moment(
     b3: "Rate" = 0.9999,
     alpha: "Rate" = 5.0,
     *,
-    mu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Add a second, slower first moment, which is not debiased: AdEMAMix.
 

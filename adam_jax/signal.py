@@ -82,7 +82,7 @@ _DONE = (
 class _Intact(np.ndarray):
     """The boolean scalar of `Moments`, which refuses NumPy's arithmetic and Python's operators."""
 
-    __array_priority__ = 1000  # before an array of JAX takes over
+    __array_priority__: Any = 1000  # before an array of JAX takes over
 
     def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"There are Moments of adam_jax.scale_by_moments here, that {_DONE}")

@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adam_jax._checks import check_dtype, kind
 from adam_jax._numerics import SMALL, accumulator, is_complex, real
@@ -107,6 +108,8 @@ class Storage(NamedTuple):
     parts: Any = None
 
 
+StorageLike: TypeAlias = Storage | DTypeLike | None  # a storage, a dtype, or as it is computed
+
 AS_COMPUTED = Storage(
     save=lambda moment, leaf: moment,
     load=lambda stored, leaf: stored,
@@ -157,7 +160,7 @@ class Slot(NamedTuple):
     storage: Storage
 
     @classmethod
-    def of(cls, stage: str, moment: str, storage: Any) -> "Slot":
+    def of(cls, stage: str, moment: str, storage: StorageLike) -> "Slot":
         """For the argument `mu_storage` or `nu_storage`: a `Storage`, a dtype or None."""
         name = f"{moment}_storage"
         if storage is None:
