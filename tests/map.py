@@ -8,6 +8,8 @@ import importlib
 import inspect
 from pathlib import Path
 
+import chains
+
 import adam_jax
 
 PACKAGE = Path(adam_jax.__file__).parent
@@ -114,6 +116,8 @@ def text():
     for title, names in FLOW.items():
         parts.append(f"## {title}\n")
         parts.append("\n".join(line for name in names for line in _entry(name)) + "\n")
+        if names == ["optimizers"]:
+            parts.append(f"### The chains\n\nWith their defaults.\n\n{chains.table()}\n")
     return "\n".join(parts)
 
 
