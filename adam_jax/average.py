@@ -1,4 +1,4 @@
-r"""A moving average and the weight it has gathered: what bias correction needs, written once.
+r"""A moving average and the weight it has gathered, which is all that bias correction needs.
 
 .. math:: a_t = (1 - b_t) x_t + b_t a_{t-1}, \qquad w_t = 1 - \prod_{s \le t} b_s
 
@@ -19,7 +19,7 @@ from adam_jax._numerics import Scalar, accumulator, increment, scalar
 
 
 class Average(NamedTuple):
-    r"""A moving average of one leaf, and what later stages must know of it.
+    r"""A moving average of one leaf, with its rates and the weight it has gathered.
 
     After every stage :math:`w_{t+1} = 1 - b_{t+1} (1 - w_t)`.
 

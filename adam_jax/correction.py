@@ -1,4 +1,4 @@
-"""Stages from moments to moments: what is done to the averages before they are divided."""
+"""Stages from moments to moments: they change the averages before the division."""
 
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ class RunningMaxState(NamedTuple):
 
 
 def center() -> optax.GradientTransformationExtraArgs:
-    r"""Take the variance for the second moment, and the gradient for the first.
+    r"""Use the variance as the second moment, and the gradient as the first.
 
     .. math:: v \mapsto v - |m|^2, \qquad m \mapsto g
 
@@ -250,7 +250,7 @@ def _centered(moments: Moments) -> Moments:
 
 
 def delay() -> optax.GradientTransformationExtraArgs:
-    r"""Take the second moment before this gradient joined it, so that the two are independent.
+    r"""Use the second moment from before this gradient, so that the two are independent.
 
     .. math:: v_t \mapsto v_{t-1}, \qquad v_0 = \infty
 
@@ -332,7 +332,7 @@ def _floored(moments: Moments, eps: Scalar) -> Moments:
 
 
 def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
-    r"""Step with another average than the one that is kept.
+    r"""Replace the first moment by the last one, mixed with this gradient at another rate: Lion.
 
     .. math:: m_t \mapsto (1 - b_1) g_t + b_1 m_{t-1}
 
@@ -369,7 +369,7 @@ def mix_slow_moment(
     *,
     mu_storage: "StorageLike" = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Add a second, slower first moment, which fills up without correction.
+    r"""Add a second, slower first moment, which is not debiased: AdEMAMix.
 
     .. math:: s_t = (1 - b_3) g_t + b_3 s_{t-1}, \qquad m_t \mapsto m_t + \alpha s_t
 

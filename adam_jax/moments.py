@@ -1,4 +1,4 @@
-"""The first stage: gradients in, moments out. It holds the only large state of the pipeline."""
+"""The first stage: from gradients to moments. It holds the only large state of the pipeline."""
 
 import functools
 from collections.abc import Callable

@@ -366,7 +366,7 @@ def adamw(
     mu_storage: "StorageLike" = None,
     nu_storage: "StorageLike" = None,
 ) -> Optimizer:
-    r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
+    r"""Adam with decoupled weight decay, which is added to the direction and not to the gradient.
 
     .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
 
@@ -619,7 +619,7 @@ def adabelief(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""AdaBelief: divide by how far the gradients are from what their mean lets expect.
+    r"""AdaBelief: divide by how far the gradients are from their moving average.
 
     .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
 
@@ -664,7 +664,7 @@ def adamax(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""Adamax: Adam with the decaying maximum of the gradient for the root of the second moment.
+    r"""Adamax: Adam with a decaying maximum of the gradient in place of the root of v.
 
     .. math:: u_t = -\alpha_t \hat m_t / n_t, \qquad n_t = \max(b_2 n_{t-1}, |g_t| + \varepsilon)
 
@@ -760,7 +760,7 @@ def yogi(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""Yogi: Adam whose second moment moves by a share of the squared gradient at most.
+    r"""Yogi: Adam whose second moment grows or shrinks by a fixed share of the squared gradient.
 
     .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
 
@@ -929,7 +929,7 @@ def adopt(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""ADOPT: divide by the second moment of the gradients before, then average.
+    r"""ADOPT: divide by the second moment of the earlier gradients, then average.
 
     .. math::
 
@@ -1027,7 +1027,7 @@ def lion(
     *,
     mu_storage: "StorageLike" = None,
 ) -> Optimizer:
-    r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
+    r"""Lion: the sign of the first moment, kept at one rate and mixed with the gradient at another.
 
     .. math::
 

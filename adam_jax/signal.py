@@ -1,4 +1,4 @@
-"""What flows between the stages, and how a stage of one leaf becomes a stage of a tree.
+"""The moments that flow between stages, and how a function of a leaf becomes a stage.
 
 A gradient transformation maps a tree of updates to a tree of updates. Here a leaf of that tree is
 either a plain array or one `Moments`: the outer tree never changes, so every optax wrapper that

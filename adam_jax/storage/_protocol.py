@@ -19,7 +19,7 @@ from adam_jax.sharding import as_param
 
 @dataclass(frozen=True)
 class Leaf:
-    """The leaf that a moment belongs to: what `save` and `load` get beside the moment.
+    """A description of the leaf that a moment belongs to, which `save` and `load` get.
 
     Attributes:
       moment: "mu" or "nu".
@@ -51,12 +51,26 @@ class Leaf:
 
 
 def is_large(leaf: Leaf) -> bool:
-    """Whether a leaf is worth another storage: real, and of at least 4,096 elements."""
+    """Tell whether a leaf is real and has at least 4,096 elements, as most storages ask.
+
+    Args:
+      leaf: the leaf.
+
+    Returns:
+      True or False: the default of `Storage.fits`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(is_large(Leaf("mu", "kernel", (64, 64), jnp.float32, index=0)))
+      True
+
+    Source: none.
+    """
     return leaf.size >= SMALL and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 class Storage(NamedTuple):
-    r"""How the moments of a tree are kept, leaf by leaf.
+    r"""A pair of functions that save and load the moments of a tree, leaf by leaf.
 
     A moment starts as what `save` makes of its initial value. A storage that keeps several arrays
     of a moment names them: `parts` is a NamedTuple of them, and last of `whole`, for the leaves
