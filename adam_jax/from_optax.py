@@ -26,16 +26,16 @@ def from_optax(
 ) -> Any:
     """Convert a state of optax into one with which an optimizer of this package goes on.
 
-    The moments are kept as `tx` keeps them, in 8 bits if it does. What `state` and the state of
-    `tx` both have at one path stays what it is: injected hyperparameters, what
-    `optax.contrib.reduce_on_plateau` has learnt of the losses. All else is as after as many steps
-    of `tx`: counts, the weights that the moments have gathered under its rates, the steps of its
-    schedules. A float32 Adam with constant rates then gives optax's updates bit for bit.
+    The moments are kept as `tx` keeps them, in 8 bits if it does. What both states have at one path
+    stays: injected hyperparameters, what `optax.contrib.reduce_on_plateau` learnt of the losses.
+    All else is as after as many steps of `tx`: counts, the weights that the moments have gathered
+    under its rates, the steps of its schedules. A float32 Adam with constant rates then gives
+    optax's updates bit for bit.
 
     A state of this package, or of adam_jax 0.1.0, goes on likewise, with the weights that it has.
-    Moments in 8 bits stay bit for bit what they are, if `tx` is the same chain with the same
-    storage. Restore its checkpoint without a target (or by the same optimizer of that version), and
-    give what comes back, dicts and lists, to this function.
+    Restore its checkpoint without a target, and give what comes back, dicts and lists, to this
+    function. Moments in 8 bits stay bit for bit what they are; for them `tx` must be the same chain
+    with the same storage.
 
     A state of PyTorch comes by way of `optax.ScaleByAdamState`: ``count=step``, and for `mu` and
     `nu` trees like the parameters with each `exp_avg` and `exp_avg_sq` in its place, transposed
@@ -49,12 +49,12 @@ def from_optax(
         `amsgrad`, `lion`, `adamax`, `adamaxw`, `contrib.ademamix` or `contrib.adopt`; or any in
         which NamedTuples, or the dicts that a checkpoint makes of them, have a `count`, and `mu`,
         `nu` or `nu_max` that are trees shaped like the parameters.
-      of: what `mu` and `nu` of optax mean, which the state itself does not tell: "adamax", if `nu`
-        is an infinity norm (here its square is kept); "adopt", if `mu` averages gradients that are
-        normalized already; "adam", if neither. Default "adam".
+      of: what the state itself does not tell: "adamax", if `nu` of optax is an infinity norm (here
+        its square is kept); "adopt", if `mu` averages gradients that are normalized already.
+        Default "adam": neither.
       start_missing: whether the moments of parameters that `state` lacks, as after a model has
-        grown, start at zero; their bias correction is that of the others. Default False: an error
-        names them.
+        grown, start at zero, with the bias correction of the others. Default False: an error names
+        them.
 
     Returns:
       A state like ``tx.init(params)``.
@@ -156,14 +156,13 @@ def _as_now(arrays: dict[Path, Any]) -> dict[Path, Any]:
     """Counts and weights by their names of today, which were others in adam_jax 0.1.0."""
     now = dict(arrays)
     for path, array in arrays.items():
-        *node, name = path
-        if name == "step" and jnp.issubdtype(array.dtype, jnp.integer):
-            now[*node, "count"] = now.pop(path)
+        if path[-1:] == ("step",) and jnp.issubdtype(array.dtype, jnp.integer):
+            now[*path[:-1], "count"] = now.pop(path)
         if path[-2:] in (("mu_weight", "value"), ("nu_weight", "value")):
-            rows = "value", "ahead", "error", "age", "decay"
-            column = jnp.stack([jnp.asarray(arrays[*node, row]) for row in rows])[:, None]
-            others = [now[key] for key in [(*node[:-1], "weights")] if key in now]
-            now[*node[:-1], "weights"] = jnp.concatenate([*others, column], axis=1)
+            rows = [(*path[:-1], name) for name in ("value", "ahead", "error", "age", "decay")]
+            column = jnp.stack([jnp.asarray(arrays[row]) for row in rows])[:, None]
+            weights = *path[:-2], "weights"
+            now[weights] = jnp.concatenate([now.get(weights, column[:, :0]), column], axis=1)
     return now
 
 
@@ -273,16 +272,20 @@ def _check_names(
         key = stage, moment
         if surplus := {m.name for m in moments if m.key == key and m.path not in paths}:
             raise ValueError(
-                f"The state has a {moment} for {stage} at {sorted(surplus)}, and tx keeps none "
+                f"The state has a {moment} for {stage} at {_listed(surplus)}, and tx keeps none "
                 f"there: give tx the parameters and the storage that the state was made with."
             )
         missing = of_stage.asked - {m.name for m in found if m.key == key}
         if missing and not start_missing:
             raise ValueError(
-                f"{stage} needs a {moment} for the parameter at {sorted(missing)}, and the state "
+                f"{stage} needs a {moment} for the parameter at {_listed(missing)}, and the state "
                 f"has none: start it at zero with start_missing=True."
             )
     return started
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(map(repr, sorted(names)))
 
 
 def _check_meaning(started: list[_Moment], of: Of, tx: Any, params: Any, new: Any) -> None:
@@ -301,17 +304,15 @@ def _check_meaning(started: list[_Moment], of: Of, tx: Any, params: Any, new: An
     if differ := both & (here ^ there):
         raise ValueError(
             f"mu averages gradients in one of the state and tx, and normalized gradients in the "
-            f"other, as adopt and laprop do, at {sorted(differ)}: say of='adopt' if the state is "
+            f"other, as adopt and laprop do, at {_listed(differ)}: say of='adopt' if the state is "
             f"one of optax.contrib.adopt, or start anew with tx.init(params)."
         )
     keeps_norm = _keeps_norm(tx, params) if of_optax & here else None
     if keeps_norm is not None and keeps_norm != (of == "adamax"):
-        square = (
-            "square of the largest gradient, as adamax does" if keeps_norm else "average square"
-        )
         raise ValueError(
-            f"tx keeps the {square}: say of='adamax' if, and only if, the state is one of "
-            f"optax.adamax or optax.adamaxw, or start anew with tx.init(params)."
+            f"tx {'keeps' if keeps_norm else 'does not keep'} the square of an infinity norm in "
+            f"nu: say of='adamax' if, and only if, the state is one of optax.adamax or "
+            f"optax.adamaxw and tx an adamax, or start anew with tx.init(params)."
         )
 
 
@@ -323,9 +324,10 @@ def _keeps_norm(tx: Any, params: Any) -> bool | None:
     with jax.ensure_compile_time_eval():
         one = jax.tree.map(lambda p: jnp.ones((1,) * jnp.ndim(p), jnp.result_type(p)), params)
         for node in _nodes(_step(tx, one, tx.init(one))):
-            arrays = [x for x in jax.tree.leaves((node.mu, node.nu)) if not is_placeholder(x)]
-            rates = jnp.abs(node.weights[-1])
-            if len(rates) == 2 and rates[1] > 0.1:
-                mu, nu = (jnp.abs(arrays[i].astype(float)) for i in (0, len(arrays) // 2))
-                return bool(jnp.all(nu > 0.95 * (mu / (1 - rates[0])) ** 2))
+            decays = jnp.abs(node.weights[-1])
+            mus, nus = ([x for x in jax.tree.leaves(m) if not is_placeholder(x)] for m in node[1:3])
+            for mu, nu in zip(mus, nus, strict=False):
+                if decays[1] > 0.1:
+                    grad = jnp.abs(mu.astype(float)) / (1 - decays[0])
+                    return bool(jnp.all(nu.astype(float) > 0.95 * grad**2))
     return None
