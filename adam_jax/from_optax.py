@@ -48,7 +48,7 @@ def from_optax(
       state: a state of `optax.adam`, `adamw`, `nadam`, `nadamw`, `radam`, `adabelief`, `yogi`,
         `amsgrad`, `lion`, `adamax`, `adamaxw`, `contrib.ademamix` or `contrib.adopt`; or any in
         which NamedTuples, or the dicts that a checkpoint makes of them, have a `count`, and `mu`,
-        `nu` or `nu_max` that are trees shaped like the parameters.
+        `nu`, `nu_max` or `trace` that are trees shaped like the parameters.
       of: what the state itself does not tell: "adamax", if `nu` of optax is an infinity norm (here
         its square is kept); "adopt", if `mu` averages gradients that are normalized already.
         Default "adam": neither.
@@ -247,8 +247,12 @@ def _aged(tx: Any, params: Any, count: Any, same: dict[Path, Any]) -> dict[Path,
 
     @jax.jit
     def steps(count):
+        step = lambda state: _step(tx, empty, state)  # noqa: E731
         start = _with_values(tx.init(empty), injected)
-        return jax.lax.fori_loop(0, count, lambda _, state: _step(tx, empty, state), start)
+        state = jax.lax.fori_loop(0, count, lambda _, state: step(state), start)
+        for node in _nodes(state)[:1]:  # the first step of in_basis may only make the basis
+            state = jax.lax.cond(node.count < count, step, lambda state: state, state)
+        return state
 
     aged = _arrays(steps(as_count(count)))
     return {path: x for path, x in aged.items() if (*path[:-1], "plateau_count") not in aged}

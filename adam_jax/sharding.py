@@ -132,17 +132,14 @@ def beside(
 
 def _ways(shape: tuple[int, ...], param_shape: tuple[int, ...]) -> Iterator[Sequence[Any]]:
     """For each axis of what is stored, the axis of the parameter or None: in all possible ways."""
-    ours, theirs = range(len(shape)), range(len(param_shape))
-    if len(ours) == len(theirs):
-        yield theirs  # codes and scales are shorter than the parameter
-    elif len(ours) < len(theirs):
-        for axes in itertools.combinations(theirs, len(ours)):
-            if all(shape[a] == param_shape[b] for a, b in zip(ours, axes, strict=True)):
-                yield axes
-    else:
-        for axes in itertools.combinations(ours, len(theirs)):
-            if all(shape[a] == param_shape[b] for a, b in zip(axes, theirs, strict=True)):
-                yield [axes.index(a) if a in axes else None for a in ours]
+    if len(shape) == len(param_shape):
+        yield range(len(shape))  # codes and scales are shorter than the parameter
+        return
+    short, long = sorted((shape, param_shape), key=len)
+    for axes in itertools.combinations(range(len(long)), len(short)):
+        if all(length == long[axis] for length, axis in zip(short, axes, strict=True)):
+            of_long = [axes.index(a) if a in axes else None for a in range(len(long))]
+            yield of_long if long is shape else axes
 
 
 def _split(
