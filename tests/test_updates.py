@@ -332,9 +332,7 @@ def test_errors_of_accumulate():
         adam_jax.accumulate(0.9, nesterov=1)
     with pytest.raises(ValueError, match=r"^dtype must be a floating-point or complex dtype"):
         adam_jax.accumulate(0.9, dtype="int8")
-    with pytest.raises(
-        TypeError, match=r"^mu of the parameter at 'w' is complex64 .* float32"
-    ):
+    with pytest.raises(TypeError, match=r"^mu of the parameter at 'w' is complex64 .* float32"):
         adam_jax.accumulate(0.9, dtype="float32").init({"w": jnp.ones(2, "complex64")})
     with pytest.raises(TypeError, match=r"^accumulate optimizes floating-point .*\['w'\] is int32"):
         adam_jax.accumulate(0.9).init({"w": jnp.ones(2, "int32")})
