@@ -13,7 +13,6 @@ import pytest
 from support import assert_close, assert_names
 
 import adam_jax
-from adam_jax._jit import once
 
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 
@@ -515,25 +514,6 @@ def test_what_is_not_one():
 def test_a_second_delay_is_refused():
     with pytest.raises(TypeError, match="delay takes up what came into scale_by_moments"):
         next(after([adam_jax.delay(), adam_jax.delay()], (0.9, 0.999)))
-
-
-# --- Tracing a leaf once --------------------------------------------------------------------------
-
-
-def test_traced_once_remembers_the_numbers_of_every_shape():
-    """What is a Python number in the result belongs to the shape it came from."""
-    ranks = functools.partial(once, lambda x: (x, float(x.ndim)))
-
-    @jax.jit
-    def traced(*arrays):
-        results = [ranks(x) for x in arrays]
-        assert [rank for _, rank in results] == [1.0, 2.0, 1.0]
-        assert all(type(rank) is float for _, rank in results)
-        return [x for x, _ in results]
-
-    arrays = jnp.ones(2), jnp.ones((2, 2)), jnp.zeros(2)
-    for array, result in zip(arrays, traced(*arrays), strict=True):
-        np.testing.assert_array_equal(array, result)
 
 
 # --- What must not stand between two stages -------------------------------------------------------
