@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from flax import nnx
 from jax import export
 from jax.experimental.pallas import tpu
@@ -71,9 +72,15 @@ def random_tree(shapes, dtype, rng, size=1.0):
 
 # --- Every member, storage and rounding -----------------------------------------------------------
 
-NOT_LOCAL_MEMBERS = {"lamb", "cautious_adamw"}
+GLOBAL = [name for name, stage in tables.STAGES.items() if not stage.local]
+
+
+def is_local(member):
+    return not any(stage.startswith(tuple(GLOBAL)) for stage in chains.stages(member))
+
+
 MEMBERS = {
-    **{name: make for name, make in chains.members().items() if name not in NOT_LOCAL_MEMBERS},
+    **{name: make for name, make in tables.MEMBERS.items() if is_local(name)},
     "rmsprop, centered": partial(adam_jax.rmsprop, centered=True, momentum=0.9),
     "adam, schedules": lambda rate: adam_jax.adam(
         optax.linear_schedule(rate, 0.0, 30), b1=lambda count: 0.9 - 0.1 / (count + 1.0)
@@ -317,8 +324,7 @@ def test_what_a_step_closes_over_and_further_arguments(interpreted):
 # --- What is not local ----------------------------------------------------------------------------
 
 NOT_LOCAL = {
-    "scale_by_trust_ratio": adam_jax.lamb(1e-3),
-    "cautious": adam_jax.cautious_adamw(1e-3),
+    **{name: tables.to_updates(name) for name in GLOBAL},
     "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3)),
     "factored": adam_jax.adam(1e-3, nu_storage=storage.factored()),
     "block_mean": adam_jax.adam(

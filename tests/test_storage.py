@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
 from memory import CHOICES, bytes_per_parameter
-from support import assert_close, mesh_of
+from support import assert_close, assert_names, mesh_of
 from tables import MEMBERS, keeping
 
 import adam_jax
@@ -1058,6 +1058,6 @@ def test_a_state_of_another_storage(was, now):
     params = {"w": jnp.ones(SHAPE)}
     before, after = (adam_jax.adam(1e-3, nu_storage=HOW[name]) for name in (was, now))
     state = jax.eval_shape(before.init, params)
-    with pytest.raises(ValueError, match=r"^scale_by_moments got a state .*nu_storage") as caught:
+    with pytest.raises(ValueError, match="'w'") as caught:
         jax.eval_shape(after.update, params, state)
-    assert "the storage that the state was made with" in str(caught.value)
+    assert_names(caught.value, "scale_by_moments: nu_storage, init()")
