@@ -1058,6 +1058,6 @@ def test_a_state_of_another_storage(was, now):
     params = {"w": jnp.ones(SHAPE)}
     before, after = (adam_jax.adam(1e-3, nu_storage=HOW[name]) for name in (was, now))
     state = jax.eval_shape(before.init, params)
-    with pytest.raises(ValueError, match="'w'") as caught:
+    with pytest.raises(ValueError, match="nu_storage") as caught:
         jax.eval_shape(after.update, params, state)
-    assert_names(caught.value, "scale_by_moments: nu_storage, init()")
+    assert_names(caught.value, "scale_by_moments nu_storage init()")
