@@ -1,4 +1,4 @@
-"""What is checked: hyperparameters when a stage is built, trees when it runs."""
+"""Checks of hyperparameters when a stage is built, and of trees when it runs."""
 
 import math
 from typing import Any
@@ -129,7 +129,7 @@ def check_inexact(stage: str, path: tuple, update: Any) -> None:
 
 
 def check_match(stage: str, kept: Any, due: Any) -> None:
-    """What is kept must have the places, shapes and realness that are due for the gradients."""
+    """What is kept must match the gradients: in paths, in shapes, and in what is complex."""
     kept, due = leaves_by_path(kept), leaves_by_path(due)
     for path in {**kept, **due}:
         was, now = (kind(tree.get(path, NOTHING)) for tree in (kept, due))

@@ -1,4 +1,4 @@
-"""A leaf's arithmetic, traced once for all leaves of a kind."""
+"""JAX traces the arithmetic of one leaf once for all leaves of the same shapes and dtypes."""
 
 import functools
 from collections.abc import Callable

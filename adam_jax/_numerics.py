@@ -1,4 +1,4 @@
-"""The dtypes to compute in, the count of steps, and a division that a zero does not spoil."""
+"""Dtypes to compute in, the step count, and a division and a root that are safe at 0."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias

@@ -1,4 +1,4 @@
-"""Which parameter a part of a state belongs to, told by their paths."""
+"""Paths tell which parameter each part of a state belongs to."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-r"""A moving average and the weight it has gathered: what bias correction needs, written once.
+r"""A moving average and the weight it has gathered, which is all that bias correction needs.
 
 .. math:: a_t = (1 - b_t) x_t + b_t a_{t-1}, \qquad w_t = 1 - \prod_{s \le t} b_s
 
@@ -19,7 +19,7 @@ from adam_jax._numerics import Scalar, accumulator, increment, scalar
 
 
 class Average(NamedTuple):
-    r"""A moving average of one leaf, and what later stages must know of it.
+    r"""A moving average of one leaf, with its rates and the weight it has gathered.
 
     After every stage :math:`w_{t+1} = 1 - b_{t+1} (1 - w_t)`.
 
@@ -121,7 +121,7 @@ def step_weights(
       rates: by their names, for each moment a Python number, a 0-d array, or a schedule.
       count: the number of steps taken so far, an integer scalar.
     """
-    weights = getattr(state, "weights", None)
+    weights: Any = getattr(state, "weights", None)
     if isinstance(weights, jax.ShapeDtypeStruct) or jnp.shape(weights) != (ROWS, len(rates)):
         raise ValueError(
             f"{stage} needs weights of shape {(ROWS, len(rates))} in its state, got {weights!r}: "
@@ -155,29 +155,24 @@ def _step(weights: jax.Array, now: Any, following: Any, t: jax.Array, *, constan
     )
     value, _, error, age, last = jnp.where(t == 1, 0, weights.astype(dtype))
     unchanged = (value == 0) | (last == now)
-    constant = np.array([b is not None for b in constants])
-    if any(constant):
-        # As long as a rate is one number the weight is 1 - b**t, optax's arithmetic to the letter,
-        # so that the results are bitwise its results.
-        closed = unchanged & constant
-        b = np.array([b or 0.0 for b in constants])
-        limit, b = (2 / (1 - b) - 1).astype(dtype), b.astype(dtype)
-        at = t.astype(dtype)
-        value = jnp.where(closed, 1 - b ** (at - 1), value)
-        error = jnp.where(closed, 0, error)
-        # Zeros after steps: a state made by hand, such as one that was taken over from optax.
-        age = jnp.where(closed & (last == 0), _age(_length(limit, b, at - 1), value), age)
-    gathered, gathered_error, gathered_age = _gathered(value, error, age, now)
-    next_weight = _gathered(gathered, gathered_error, gathered_age, following)[0]
-    length = 2 * gathered_age / _divisor(gathered) + 1
-    if any(constant):
-        gathered = jnp.where(closed, 1 - b**at, gathered)
-        next_weight = jnp.where(closed, 1 - b ** (at + 1), next_weight)
-        length = jnp.where(closed, _length(limit, b, at), length)
-    rate = jnp.where(unchanged, now, -now)
-    kept = jnp.stack([gathered, next_weight, gathered_error, gathered_age, rate])
-    kept = jax.lax.optimization_barrier(kept)
+    # As long as a rate is one number the weight is 1 - b**t, optax's arithmetic to the letter, so
+    # that the results are bitwise its results.
+    closed = unchanged & np.array([b is not None for b in constants])
+    b = np.array([b or 0.0 for b in constants])
+    limit, b, at = (2 / (1 - b) - 1).astype(dtype), b.astype(dtype), t.astype(dtype)
+    value = jnp.where(closed, 1 - b ** (at - 1), value)
+    error = jnp.where(closed, 0, error)
+    # Zeros after steps: a state made by hand, such as one that was taken over from optax.
+    age = jnp.where(closed & (last == 0), _age(_length(limit, b, at - 1), value), age)
     length_before = 2 * age / _divisor(value) + 1
+    gathered, error, age = _gathered(value, error, age, now)
+    next_weight, _, _ = _gathered(gathered, error, age, following)
+    length = jnp.where(closed, _length(limit, b, at), 2 * age / _divisor(gathered) + 1)
+    gathered = jnp.where(closed, 1 - b**at, gathered)
+    next_weight = jnp.where(closed, 1 - b ** (at + 1), next_weight)
+    rate = jnp.where(unchanged, now, -now)
+    kept = jnp.stack([gathered, next_weight, error, age, rate])
+    kept = jax.lax.optimization_barrier(kept)
     rows = value, kept[0], kept[1], length_before, length
     columns = [tuple(row[i] for row in rows) for i in range(len(constants))]
     return kept, [

@@ -1,4 +1,4 @@
-r"""Another basis: a chain runs on matrices in another basis, and its update is changed back.
+r"""A chain runs on matrices in another basis, and its update is changed back: SOAP, GaLore.
 
 Adam divides element by element, so what it does depends on the basis that a matrix is written in.
 `in_basis(basis, tx)` is the chain :math:`B^{-1} \circ tx \circ B`; with the basis
@@ -31,7 +31,7 @@ Sides = tuple[jax.Array | None, jax.Array | None]
 
 
 class Basis(NamedTuple):
-    r"""How the basis of a matrix is found: two orthonormal sides U and W, and when they change.
+    r"""A rule for the basis of a matrix: how its two sides U and W are found, and how often.
 
     A gradient :math:`G` of shape m × n is :math:`U^H G W` there. Write your own as functions of one
     leaf; between the steps a leaf has `parts`, a named tuple of arrays or None. On a mesh with
@@ -332,7 +332,7 @@ def _paths(tree: Any) -> list:
 
 
 class Eigenvectors(NamedTuple):
-    """What `eigenvectors` keeps of a matrix of shape m × n, or of a batch of them.
+    """The parts that `eigenvectors` keeps of an m × n matrix, or of a batch of them.
 
     Attributes:
       left: the moving average of G G^H, m × m, or None where m is too large.
@@ -348,7 +348,7 @@ class Eigenvectors(NamedTuple):
 
 
 def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -> Basis:
-    r"""The eigenvectors of the gradient's second moments, for rows and for columns: SOAP's basis.
+    r"""SOAP's basis: the eigenvectors of the averages of G Gᴴ and Gᴴ G, for gradients G.
 
     .. math:: L_t = \beta L_{t-1} + (1 - \beta)\, G_t G_t^H, \qquad
               R_t = \beta R_{t-1} + (1 - \beta)\, G_t^H G_t
@@ -431,7 +431,7 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
 
 
 class SingularVectors(NamedTuple):
-    """What `singular_vectors` keeps of a matrix of shape m × n, or of a batch of them.
+    """The part that `singular_vectors` keeps of an m × n matrix, or of a batch of them.
 
     Attributes:
       left: the leading left singular vectors as columns, m × r, if m ≤ n; else None.
@@ -443,7 +443,7 @@ class SingularVectors(NamedTuple):
 
 
 def singular_vectors(rank: int, *, every: int = 200) -> Basis:
-    r"""The leading singular vectors of the gradient on the shorter side: GaLore's projection.
+    r"""GaLore's basis: the leading singular vectors of the gradient, on its shorter side.
 
     .. math:: G = U \Sigma W^H, \qquad U_r^H G \text{ if } m \le n, \text{ else } G\, W_r
 

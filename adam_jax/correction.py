@@ -1,4 +1,4 @@
-"""Stages from moments to moments: what is done to the averages before they are divided."""
+"""Stages from moments to moments: they change the averages before the division."""
 
 from typing import Any, NamedTuple
 
@@ -11,8 +11,7 @@ from adam_jax._jit import once
 from adam_jax._numerics import Rate, Scalar, as_count, increment, scalar
 from adam_jax.average import Average, mixed, no_weights, step_weights
 from adam_jax.signal import Moments, map_moments, stateless
-from adam_jax.storage import Storage
-from adam_jax.storage._protocol import Slot
+from adam_jax.storage._protocol import Slot, StorageLike
 
 
 def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationExtraArgs:
@@ -143,9 +142,7 @@ class NesterovState(NamedTuple):
     weights: jax.Array
 
 
-def running_max(
-    *, nu_storage: Storage | Any | None = None
-) -> optax.GradientTransformationExtraArgs:
+def running_max(*, nu_storage: "StorageLike" = None) -> optax.GradientTransformationExtraArgs:
     r"""AMSGrad: let the second moment never fall.
 
     .. math:: v^{max}_t = \max(v^{max}_{t-1}, v_t)
@@ -214,7 +211,7 @@ class RunningMaxState(NamedTuple):
 
 
 def center() -> optax.GradientTransformationExtraArgs:
-    r"""Take the variance for the second moment, and the gradient for the first.
+    r"""Use the variance as the second moment, and the gradient as the first.
 
     .. math:: v \mapsto v - |m|^2, \qquad m \mapsto g
 
@@ -253,7 +250,7 @@ def _centered(moments: Moments) -> Moments:
 
 
 def delay() -> optax.GradientTransformationExtraArgs:
-    r"""Take the second moment before this gradient joined it, so that the two are independent.
+    r"""Use the second moment from before this gradient, so that the two are independent.
 
     .. math:: v_t \mapsto v_{t-1}, \qquad v_0 = \infty
 
@@ -335,7 +332,7 @@ def _floored(moments: Moments, eps: Scalar) -> Moments:
 
 
 def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
-    r"""Step with another average than the one that is kept.
+    r"""Replace the first moment by the last one, mixed with this gradient at another rate: Lion.
 
     .. math:: m_t \mapsto (1 - b_1) g_t + b_1 m_{t-1}
 
@@ -370,9 +367,9 @@ def mix_slow_moment(
     b3: "Rate" = 0.9999,
     alpha: "Rate" = 5.0,
     *,
-    mu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Add a second, slower first moment, which fills up without correction.
+    r"""Add a second, slower first moment, which is not debiased: AdEMAMix.
 
     .. math:: s_t = (1 - b_3) g_t + b_3 s_{t-1}, \qquad m_t \mapsto m_t + \alpha s_t
 

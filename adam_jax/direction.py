@@ -1,4 +1,4 @@
-"""Stages from moments to a plain update: the division that makes a step of the averages."""
+"""Stages from moments to an update: most divide the first moment by the root of the second."""
 
 import math
 
@@ -16,7 +16,7 @@ from adam_jax.signal import Moments, to_updates
 def normalize(
     *, eps: Scalar = 1e-8, eps_root: Scalar = 0.0
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Divide the first moment by the root of the second, both as they come.
+    r"""Divide the first moment by the root of the second, without debiasing either.
 
     .. math:: u = m / (\sqrt{v + \varepsilon_{root}} + \varepsilon)
 
@@ -112,7 +112,7 @@ def rectify(
     threshold: Scalar = 5.0,
     eps_hat: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""RAdam: trust the division as far as the second moment has seen enough gradients.
+    r"""Divide by the second moment only as far as it has seen enough gradients: RAdam.
 
     .. math::
 

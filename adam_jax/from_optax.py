@@ -1,4 +1,4 @@
-"""From a state of optax, or of adam_jax 0.1.0, to one of this package: a running job goes on."""
+"""A running job goes on here, from a state of optax, of PyTorch or of adam_jax 0.1.0."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -30,7 +30,7 @@ def from_optax(
     of: Of = "adam",
     start_missing: bool = False,
 ) -> Any:
-    """The state with which an optimizer of this package goes on from a state of optax.
+    """Convert a state of optax into one with which an optimizer of this package goes on.
 
     The moments are kept as `tx` keeps them, in 8 bits if it does. Injected hyperparameters stay
     what they are in `state`, and so does what the stages of `tx` keep that are in `state` too, such

@@ -1,4 +1,4 @@
-"""Rows without a gradient stay as they are.
+"""Rows without a gradient stay as they are, which embedding tables want.
 
 A batch reaches a few rows of an embedding table, and the gradient of all others is exactly zero.
 Adam moves those too, along the moments of earlier batches, and weight decay shrinks them.

@@ -1,4 +1,4 @@
-"""The first stage: gradients in, moments out. It holds the only large state of the pipeline."""
+"""The first stage: from gradients to moments. It holds the only large state of the pipeline."""
 
 import functools
 from collections.abc import Callable
@@ -10,13 +10,12 @@ import optax
 
 from adam_jax._checks import check_hyperparameter, check_params
 from adam_jax._jit import once
-from adam_jax._numerics import accumulator, as_count, increment, real, scalar, wider
+from adam_jax._numerics import Rate, accumulator, as_count, increment, real, scalar, wider
 from adam_jax._ownership import at
 from adam_jax.average import Average, mixed, no_weights, step_weights
 from adam_jax.rules import squared
 from adam_jax.signal import INTACT, Moments, check_updates, map_values
-from adam_jax.storage import Storage
-from adam_jax.storage._protocol import Slot
+from adam_jax.storage._protocol import Slot, StorageLike
 
 SecondMoment: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | float], jax.Array]
 
@@ -41,14 +40,14 @@ class ScaleByMomentsState(NamedTuple):
 
 
 def scale_by_moments(
-    b1: optax.ScalarOrSchedule | None = 0.9,
-    b2: optax.ScalarOrSchedule | None = 0.999,
+    b1: "Rate | None" = 0.9,
+    b2: "Rate | None" = 0.999,
     *,
-    second_moment: SecondMoment | None = None,
+    second_moment: "SecondMoment | None" = None,
     initial_mu: float = 0.0,
     initial_nu: float = 0.0,
-    mu_storage: Storage | Any | None = None,
-    nu_storage: Storage | Any | None = None,
+    mu_storage: "StorageLike" = None,
+    nu_storage: "StorageLike" = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace every gradient by its first and second moment.
 
@@ -138,11 +137,9 @@ def scale_by_moments(
         count = as_count(state.count)
         averages, weights = step_weights("scale_by_moments", state, rates, count)
         mu, nu = (averages.get(name) for name in ("b1", "b2"))
-        old_mu = old_nu = jax.tree.map(lambda _: None, updates)
-        if mu is not None:
-            old_mu, save_mu = mu_slot.load(state.mu, updates, count)
-        if nu is not None:
-            old_nu, save_nu = nu_slot.load(state.nu, updates, count)
+        nothing = jax.tree.map(lambda _: None, updates), lambda moments: None
+        old_mu, save_mu = mu_slot.load(state.mu, updates, count) if mu else nothing
+        old_nu, save_nu = nu_slot.load(state.nu, updates, count) if nu else nothing
 
         def moments_of(path, grad, old_mu, old_nu):
             grad = jnp.asarray(grad)
@@ -161,8 +158,8 @@ def scale_by_moments(
         moments = jax.tree_util.tree_map_with_path(moments_of, updates, old_mu, old_nu)
         return moments, ScaleByMomentsState(
             count=increment(count, draws=rounded is not None),
-            mu=None if mu is None else save_mu(map_values(lambda m: m.mu.value, moments)),
-            nu=None if nu is None else save_nu(map_values(lambda m: m.nu.value, moments)),
+            mu=save_mu(map_values(lambda m: m.mu.value, moments)),
+            nu=save_nu(map_values(lambda m: m.nu and m.nu.value, moments)),
             weights=weights,
         )
 

@@ -16,7 +16,7 @@ or a schedule, a function from the number of steps taken so far; a `Mask` says w
 
 import functools
 import math
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax.numpy as jnp
 import optax
@@ -37,7 +37,7 @@ from adam_jax.correction import (
 )
 from adam_jax.direction import atan2, bias_correct, first_moment, normalize, rectify
 from adam_jax.moments import scale_by_moments
-from adam_jax.storage import Storage
+from adam_jax.storage._protocol import StorageLike
 from adam_jax.updates import (
     Mask,
     accumulate,
@@ -48,7 +48,6 @@ from adam_jax.updates import (
 )
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
-StorageLike: TypeAlias = Storage | DTypeLike | None
 
 
 def sgd(
@@ -82,11 +81,11 @@ def sgd(
     """
     return optax.chain(
         *(
-            []
-            if _no_momentum(momentum, nesterov)
-            else [accumulate(momentum, nesterov=nesterov, dtype=accumulator_dtype)]
+            [accumulate(momentum, nesterov=nesterov, dtype=accumulator_dtype)]
+            if _accumulates(momentum, nesterov)
+            else []
         ),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -121,7 +120,7 @@ def momentum(
     check_hyperparameter("momentum", momentum, upper=1)
     return optax.chain(
         accumulate(momentum, dtype=accumulator_dtype),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -156,7 +155,7 @@ def nesterov_momentum(
     check_hyperparameter("momentum", momentum, upper=1)
     return optax.chain(
         accumulate(momentum, nesterov=True, dtype=accumulator_dtype),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -203,7 +202,7 @@ def adagrad(
         normalize(eps=0.0, eps_root=eps)
         if check_bool("eps_in_sqrt", eps_in_sqrt)
         else normalize(eps=eps),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -270,9 +269,9 @@ def rmsprop(
         normalize(eps=0.0, eps_root=eps)
         if check_bool("eps_in_sqrt", eps_in_sqrt)
         else normalize(eps=eps),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
-        *([] if _no_momentum(momentum, nesterov) else [accumulate(momentum, nesterov=nesterov)]),
+        *([accumulate(momentum, nesterov=nesterov)] if _accumulates(momentum, nesterov) else []),
     )
 
 
@@ -347,7 +346,7 @@ def adam(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -367,7 +366,7 @@ def adamw(
     mu_storage: "StorageLike" = None,
     nu_storage: "StorageLike" = None,
 ) -> Optimizer:
-    r"""Adam with decoupled weight decay: the decay joins after the division, not the gradient.
+    r"""Adam with decoupled weight decay, which is added to the direction and not to the gradient.
 
     .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
 
@@ -393,7 +392,7 @@ def adamw(
         scale_by_moments(b1, b2, mu_storage=_either(mu_dtype, mu_storage), nu_storage=nu_storage),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -442,7 +441,7 @@ def nadam(
             else []
         ),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -493,7 +492,7 @@ def nadamw(
             else []
         ),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -538,6 +537,8 @@ def amsgrad(
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
     check_bool("max_before_correction", max_before_correction)
+    check_bool("bias_correction_mu", bias_correction_mu)
+    check_bool("bias_correction_nu", bias_correction_nu)
     if check_bool("eps_hat", eps_hat) and not max_before_correction:
         raise ValueError(
             "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras."
@@ -557,7 +558,7 @@ def amsgrad(
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=True)
         if eps_hat
         else normalize(eps=eps, eps_root=eps_root),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -599,7 +600,7 @@ def radam(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         rectify(eps=eps, eps_root=eps_root, threshold=threshold, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -618,7 +619,7 @@ def adabelief(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""AdaBelief: divide by how far the gradients are from what their mean lets expect.
+    r"""AdaBelief: divide by how far the gradients are from their moving average.
 
     .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
 
@@ -646,7 +647,7 @@ def adabelief(
         ),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -663,7 +664,7 @@ def adamax(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""Adamax: Adam with the decaying maximum of the gradient for the root of the second moment.
+    r"""Adamax: Adam with a decaying maximum of the gradient in place of the root of v.
 
     .. math:: u_t = -\alpha_t \hat m_t / n_t, \qquad n_t = \max(b_2 n_{t-1}, |g_t| + \varepsilon)
 
@@ -692,7 +693,7 @@ def adamax(
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(nu=False),
         normalize(eps=0.0),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -740,7 +741,7 @@ def adamaxw(
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         debias(nu=False),
         normalize(eps=0.0),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -759,7 +760,7 @@ def yogi(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""Yogi: Adam whose second moment moves by a share of the squared gradient at most.
+    r"""Yogi: Adam whose second moment grows or shrinks by a fixed share of the squared gradient.
 
     .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
 
@@ -788,7 +789,7 @@ def yogi(
         ),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -828,7 +829,7 @@ def lamb(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_trust_ratio(),
         scale_by_lr(learning_rate),
     )
@@ -868,7 +869,7 @@ def adam_atan2(
         scale_by_moments(b1, b2, mu_storage=mu_storage, nu_storage=nu_storage),
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         atan2(scale=scale),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -910,7 +911,7 @@ def laprop(
         scale_by_moments(b1, None, mu_storage=mu_storage),
         debias(),
         first_moment(),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -928,7 +929,7 @@ def adopt(
     weight_decay: "Rate | None" = None,
     mask: "Mask" = None,
 ) -> Optimizer:
-    r"""ADOPT: divide by the second moment of the gradients before, then average.
+    r"""ADOPT: divide by the second moment of the earlier gradients, then average.
 
     .. math::
 
@@ -965,7 +966,7 @@ def adopt(
         ),
         scale_by_moments(b1, None, mu_storage=_either(mu_dtype, mu_storage)),
         first_moment(),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -1011,7 +1012,7 @@ def ademamix(
         debias(),
         mix_slow_moment(b3, alpha, mu_storage=_either(mu_dtype, mu_storage)),
         normalize(eps=eps, eps_root=eps_root),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -1026,7 +1027,7 @@ def lion(
     *,
     mu_storage: "StorageLike" = None,
 ) -> Optimizer:
-    r"""Lion: the sign of an average that is kept with another rate than it is stepped with.
+    r"""Lion: the sign of the first moment, kept at one rate and mixed with the gradient at another.
 
     .. math::
 
@@ -1054,7 +1055,7 @@ def lion(
         interpolate(b1),
         first_moment(),
         optax.scale_by_sign(),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -1096,7 +1097,7 @@ def cautious_adamw(
         *([correction.nesterov()] if check_bool("nesterov", nesterov) else []),
         cautious(),
         bias_correct(eps=eps, eps_root=eps_root, eps_hat=eps_hat),
-        *([] if _no_decay(weight_decay, mask) else [decay_weights(weight_decay, mask=mask)]),
+        *([decay_weights(weight_decay, mask=mask)] if _decays(weight_decay, mask) else []),
         scale_by_lr(learning_rate),
     )
 
@@ -1111,20 +1112,20 @@ def _either(mu_dtype: DTypeLike | None, mu_storage: StorageLike) -> StorageLike:
     return mu_storage if mu_dtype is None else mu_dtype
 
 
-def _no_decay(weight_decay: Rate | None, mask: Mask) -> bool:
+def _decays(weight_decay: Rate | None, mask: Mask) -> TypeGuard[Rate]:
     if weight_decay is None and mask is not None:
         raise ValueError("mask says which leaves decay, but weight_decay is None.")
     if weight_decay is not None:
         check_hyperparameter("weight_decay", weight_decay, schedule=True)
-    return weight_decay is None
+    return weight_decay is not None
 
 
-def _no_momentum(momentum: Scalar | None, nesterov: bool) -> bool:
+def _accumulates(momentum: Scalar | None, nesterov: bool) -> TypeGuard[Scalar]:
     if momentum is None and check_bool("nesterov", nesterov):
         raise ValueError("nesterov looks ahead along the momentum, but momentum is None.")
     if momentum is not None:
         check_hyperparameter("momentum", momentum, upper=1)
-    return momentum is None
+    return momentum is not None
 
 
 def _looks_ahead(nesterov: bool, momentum_decay: Scalar | None) -> bool:

@@ -1,4 +1,4 @@
-"""The end of a chain on low-precision parameters: how an update lands on them.
+"""Last stages of a chain for low-precision parameters, in which small updates would be lost.
 
 A bfloat16 weight of 1 plus an update of 1e-3 is 1: the next larger number is 1.0078. These stages
 compute the new parameter in float32, round it to a number :math:`q` of the parameter's dtype, and

@@ -1,4 +1,4 @@
-"""The rules for a second moment: from the gradient and the last one to the next one.
+"""Rules for the second moment: from the gradient and the last one to the next one.
 
 A rule is a pure function `(grad, mu, nu, decay) -> nu` of one leaf. `scale_by_moments` takes one of
 these, or your own. `from_first_gradient` is a rate for one.
@@ -48,7 +48,7 @@ def belief(
     *,
     eps_root: Scalar = 0.0,
 ) -> jax.Array:
-    r"""AdaBelief's second moment: how far the gradient is from what the first moment expects.
+    r"""AdaBelief's second moment, the moving average of (gradient − first moment)².
 
     .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
 
@@ -73,7 +73,7 @@ def belief(
 
 
 def yogi(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float) -> jax.Array:
-    r"""Yogi's second moment: it moves by a share of the squared gradient, however far it is off.
+    r"""Yogi's second moment: it grows or shrinks by a fixed share of the squared gradient.
 
     .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
 
@@ -106,7 +106,7 @@ def infinity(
     *,
     eps: Scalar = 0.0,
 ) -> jax.Array:
-    r"""Adamax's second moment, the square of the decaying maximum of the gradient.
+    r"""Adamax's second moment, the square of a decaying maximum of the gradient's magnitude.
 
     .. math:: \sqrt{v_t} = \max(b_2 \sqrt{v_{t-1}}, |g_t| + \varepsilon)
 
@@ -163,7 +163,7 @@ def accumulated(
 
 
 def from_first_gradient(b2: "Rate") -> optax.Schedule:
-    r"""The rate of an average that starts with the first gradient, not with 0: ADOPT's.
+    r"""A rate for an average that starts with the first gradient, not with 0: ADOPT's.
 
     .. math:: b_{2,t} = 0 \text{ for } t = 1, \text{ else } b_2
 

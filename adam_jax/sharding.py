@@ -1,4 +1,4 @@
-"""Where the state lives on many devices: sharded as the parameters that it belongs to."""
+"""On many devices the state is sharded as the parameters that it belongs to."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ Layout = tuple[tuple[int, ...], NamedSharding]  # of a parameter: its shape and 
 def state_shardings(
     tx: optax.GradientTransformation, params: Any, *, zero: str | None = None
 ) -> Any:
-    """The shardings of an optimizer's state, from those of the parameters.
+    """Derive the shardings of an optimizer's state from those of the parameters.
 
     What belongs to a parameter is sharded axis by axis as the parameter is: moments, their codes
     and scales, rows and columns, residuals, gradients that are gathered over several steps. An axis

@@ -1,4 +1,4 @@
-"""What flows between the stages, and how a stage of one leaf becomes a stage of a tree.
+"""The moments that flow between stages, and how a function of a leaf becomes a stage.
 
 A gradient transformation maps a tree of updates to a tree of updates. Here a leaf of that tree is
 either a plain array or one `Moments`: the outer tree never changes, so every optax wrapper that
@@ -82,7 +82,7 @@ _DONE = (
 class _Intact(np.ndarray):
     """The boolean scalar of `Moments`, which refuses NumPy's arithmetic and Python's operators."""
 
-    __array_priority__ = 1000  # before an array of JAX takes over
+    __array_priority__: Any = 1000  # before an array of JAX takes over
 
     def __array_ufunc__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"There are Moments of adam_jax.scale_by_moments here, that {_DONE}")

@@ -1,4 +1,4 @@
-r"""Several losses: one gradient out of the gradients of many tasks.
+r"""Stages for several losses: from a gradient for each task to one gradient.
 
 The gradients :math:`g_1, \dots, g_k` of k losses are a tree like the parameters, whose leaves have
 one more axis in front, the axis of tasks: what `jax.jacrev` of the vector of losses gives. A stage
@@ -57,7 +57,7 @@ from adam_jax.updates import CountState
 
 
 def gram(grads: optax.Updates) -> jax.Array:
-    r"""The inner products of the tasks' gradients, over all leaves.
+    r"""Compute the inner products of the tasks' gradients, over all leaves.
 
     .. math:: M_{ij} = \langle g_i, g_j \rangle = \operatorname{Re} \sum \bar g_i \, g_j
 
@@ -108,7 +108,7 @@ def _varying_axes(x: jax.Array) -> tuple[str, ...]:
 
 
 def combine(grads: optax.Updates, weights: jax.Array, params: Any = None) -> optax.Updates:
-    r"""One gradient: the sum of the tasks' gradients with weights.
+    r"""Sum up the tasks' gradients, each times its weight.
 
     .. math:: d = \sum_i w_i g_i
 
@@ -150,7 +150,7 @@ def _weighted_sum(leaf: jax.Array, weights: jax.Array) -> jax.Array:
 def weighted(
     weights: Sequence[float] | jax.Array | np.ndarray | Callable[[jax.Array], jax.Array],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The gradient of a weighted sum of the losses.
+    r"""Take the gradient of a weighted sum of the losses.
 
     .. math:: d = \sum_i w_i g_i
 
@@ -214,7 +214,7 @@ def _check_weights(weights: Any) -> jax.Array:
 
 
 def mgda() -> optax.GradientTransformationExtraArgs:
-    r"""The shortest of all convex combinations, which descends for every task.
+    r"""Take the shortest convex combination of the gradients, which descends for every task.
 
     .. math:: d = \sum_i w_i g_i, \qquad
               w = \arg\min \Big\{ \Big\| \sum_i w_i g_i \Big\| : w_i \ge 0, \sum_i w_i = 1 \Big\}
@@ -250,7 +250,7 @@ def mgda() -> optax.GradientTransformationExtraArgs:
 
 
 def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraArgs:
-    r"""Near the mean gradient, the direction whose worst task descends most.
+    r"""Take the direction near the mean gradient whose worst task descends most.
 
     .. math:: d' = \arg\max_{\|d' - g_0\| \le c \|g_0\|} \min_i \langle g_i, d' \rangle,
               \qquad g_0 = \frac 1k \sum_i g_i, \qquad d = \frac{d'}{1 + c}
@@ -595,7 +595,7 @@ class GradnormState(NamedTuple):
 
 
 def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""A chain for each task: each has its own moments, its own norm.
+    r"""Run a chain on each task's gradient by itself, with moments and norms of its own.
 
     Before a combination, it applies `tx` to the gradient of each task by itself. ::
 

@@ -1,4 +1,4 @@
-"""Stages on plain updates: the direction becomes a step downhill."""
+"""Stages from updates to updates: learning rate, weight decay, momentum, clipping."""
 
 import contextlib
 from collections.abc import Callable
@@ -36,7 +36,7 @@ Mask: TypeAlias = Any | Callable[[Any], Any] | None
 
 
 class CountState(NamedTuple):
-    """The state of a stage that keeps nothing but the number of its steps.
+    """The state of a stage that keeps only its step count.
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates. (Where random bits are drawn

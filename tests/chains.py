@@ -1,4 +1,4 @@
-"""The chains of the members, read from their source: the README's table is made of them.
+"""The chains of the members, read from their source: the table of the map is made of them.
 
 `python tests/chains.py` prints the table.
 """

@@ -121,8 +121,8 @@ class Expressions:
 
 
 ARITHMETIC = (
-    "abs", "add", "bitcast", "compare", "convert", "cosine", "maximum", "minimum", "or", "power",
-    "select", "sqrt",
+    "abs", "add", "and", "bitcast", "compare", "convert", "cosine", "maximum", "minimum", "or",
+    "power", "select", "sqrt",
 )  # fmt: skip
 DTYPES = {"f32": "float32", "s32": "int32", "pred": "bool"}
 FEW = 16  # elements: arrays of no more have an expression for each of them

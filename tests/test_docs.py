@@ -1,5 +1,6 @@
 """The README's Python blocks run in their order, and every public name is documented."""
 
+import graphlib
 import inspect
 import operator
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import chains
 import jax
+import map
 import pytest
 import tables
 
@@ -25,18 +27,10 @@ def test_readme_blocks_run():
             exec(compile(block, "README.md", "exec"), session)
 
 
-STORAGES = ["cast", "stochastic", "int8", "int4", "factored", "block_mean",
-            "transformer_blocks", "report"]  # fmt: skip
-TASKS = ["gram", "combine", "weighted", "mgda", "cagrad", "pcgrad", "aligned_mtl", "gradnorm",
-         "per_task", "GradnormState"]  # fmt: skip
-BASES = ["Basis", "eigenvectors", "Eigenvectors", "singular_vectors", "SingularVectors",
-         "InBasisState"]  # fmt: skip
-RULES = ["squared", "belief", "yogi", "infinity", "accumulated", "from_first_gradient"]
-MODULES = [f"basis.{name}" for name in BASES] + [f"rules.{name}" for name in RULES]
-MODULES += [f"storage.{name}" for name in STORAGES] + [f"tasks.{name}" for name in TASKS]
+NAMES = [*map.public(), *map.NAMESPACES]
 
 
-@pytest.mark.parametrize("name", adam_jax.__all__ + MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_public_docstrings(name):
     """One line of what; functions also their arguments, result, example and source.
 
@@ -72,12 +66,27 @@ def test_every_stage_is_in_the_table_of_the_tests():
     assert {name.split()[0] for name in tables.STAGES} == stages - around - tables.MEMBERS.keys()
 
 
-def test_the_table_of_the_family_is_the_code():
-    """Print it with `python tests/chains.py`."""
-    assert chains.table() in (ROOT / "README.md").read_text()
+def test_the_readme_names_the_family():
+    family = (
+        (ROOT / "README.md").read_text().partition("\n## The family\n")[2].partition("\n## ")[0]
+    )
+    assert set(chains.members()) <= set(re.findall(r"`(\w+)`", family))
 
 
 def test_no_runtime_dependency_but_jax_and_optax():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {re.split(r"[<>=\[]", requirement)[0] for requirement in project["dependencies"]}
     assert names == {"jax", "jaxlib", "optax"}
+
+
+def test_the_map_is_the_code():
+    """Print it with `python tests/map.py > adam_jax/README.md`."""
+    assert map.text() == (ROOT / "adam_jax" / "README.md").read_text()
+    files = re.findall(r"\]\(([\w/]+\.py|[\w/]+/)\)", map.text())
+    assert len(files) == len(set(files)) == len([*map.modules()]) - 1  # of all but the package
+
+
+def test_no_module_imports_one_that_imports_it():
+    graph = map.imports()
+    assert graph["adam_jax.moments"] >= {"adam_jax.signal", "adam_jax.storage._protocol"}
+    list(graphlib.TopologicalSorter(graph).static_order())  # or a CycleError, that names a cycle

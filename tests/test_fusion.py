@@ -333,6 +333,10 @@ NOT_LOCAL = {
     "apply_if_finite": optax.apply_if_finite(adam_jax.adam(1e-3), 3),
     "add_noise": optax.chain(adam_jax.adam(1e-3), optax.add_noise(0.1, 0.1, 0)),
     "centralize": optax.chain(optax.centralize(), adam_jax.adam(1e-3)),
+    "stateless": optax.chain(
+        optax.stateless(lambda u, _: jax.tree.map(lambda x: x - jnp.mean(x), u)),
+        adam_jax.adam(1e-3),
+    ),
 }
 
 

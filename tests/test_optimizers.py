@@ -385,14 +385,14 @@ ACCEPTED = [("sgd", "missing"), ("sgd", "none"), ("sgd, decay", "none")]
 def test_gradients_that_do_not_match_the_parameters(name, wrong):
     tx = DESCENTS[name]
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"got gradients that do not match.*leaf at \['w'\]"):
+    with pytest.raises(ValueError, match=r"got gradients that do not match.*leaf at .*'w'"):
         jax.jit(tx.update)(WRONG[wrong], state, PARAMS)
 
 
 @pytest.mark.parametrize("grads", WRONG.values(), ids=WRONG.keys())
 def test_a_sum_remembers_the_parameters(grads):
     tx = adam_jax.momentum(0.1)
-    with pytest.raises(ValueError, match=r"leaf at \['w'\]"):
+    with pytest.raises(ValueError, match=r"leaf at .*'w'"):
         tx.update(grads, tx.init(PARAMS))
 
 
@@ -436,7 +436,7 @@ def test_a_sum_kept_in_bfloat16_is_computed_in_float32(nesterov):
 
 
 def test_a_sum_is_not_kept_in_integers():
-    with pytest.raises(ValueError, match="accumulator_dtype must be a floating-point or complex"):
+    with pytest.raises(ValueError, match="dtype must be a floating-point or complex"):
         adam_jax.momentum(0.1, accumulator_dtype="int8")
 
 

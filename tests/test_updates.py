@@ -123,7 +123,7 @@ def test_an_update_that_does_not_match_its_parameter(name, wrong):
     if name == "clip_by_schedule":
         pytest.skip("it does not look at the parameters")
     params, stage = {"v": None, "w": jnp.ones(3)}, STAGES[name]
-    with pytest.raises(ValueError, match=rf"^{name.split()[0]} got gradients.*leaf at \['w'\]"):
+    with pytest.raises(ValueError, match=rf"^{name.split()[0]} got gradients.*leaf at .*'w'"):
         stage.update(params | {"w": wrong}, stage.init(params), params | {"v": 1.0})
 
 
@@ -167,10 +167,8 @@ GRADS = jax.tree.map(lambda p: jnp.full_like(p, -0.0), PARAMS)
 def decayed(mask=None, rate=0.5, params=PARAMS):
     stage = adam_jax.decay_weights(rate, mask=mask)
     state = stage.init(params)
-    assert isinstance(state, adam_jax.CountState)
-    updates, state = stage.update(GRADS, state, params)
-    assert state.count == 1
-    return updates
+    assert state == optax.EmptyState()  # a schedule counts
+    return stage.update(GRADS, state, params)[0]
 
 
 def test_a_decay_of_0_is_the_identity():
@@ -326,9 +324,7 @@ def test_errors_of_accumulate():
         adam_jax.accumulate(0.9, nesterov=1)
     with pytest.raises(ValueError, match=r"^dtype must be a floating-point or complex dtype"):
         adam_jax.accumulate(0.9, dtype="int8")
-    with pytest.raises(
-        TypeError, match=r"^accumulate was told .* float32, but .*\['w'\] is complex64"
-    ):
+    with pytest.raises(TypeError, match=r"^mu of the parameter at 'w' is complex64 .* float32"):
         adam_jax.accumulate(0.9, dtype="float32").init({"w": jnp.ones(2, "complex64")})
     with pytest.raises(TypeError, match=r"^accumulate optimizes floating-point .*\['w'\] is int32"):
         adam_jax.accumulate(0.9).init({"w": jnp.ones(2, "int32")})

@@ -1,4 +1,4 @@
-"""A chain as one kernel for each large leaf, on a GPU and a TPU.
+"""A chain runs as one kernel for each large leaf, on a GPU and a TPU.
 
 _graph      the equations of a step, read from its jaxpr
 _tiles      operations on blocks, each with a form for a leaf and a form for a tile
@@ -26,7 +26,7 @@ KERNELS = {"cuda": ("cuda", False), "tpu": ("tpu", False)}
 
 
 def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
-    r"""Update and apply, on a GPU and a TPU in one kernel for each large leaf.
+    r"""Make a step that updates and applies, in one kernel for each large leaf on a GPU or TPU.
 
     The step reads the parameters, the state and the gradients once and writes the parameters and
     the state once, in place if they are donated, and needs no other memory. XLA alone makes one
@@ -81,7 +81,7 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
 
 
 def fuse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""A chain with one kernel for each large leaf, on a GPU and a TPU.
+    r"""Make a chain run as one kernel for each large leaf, on a GPU and a TPU.
 
     Like `fused_step`, for callers that apply the updates themselves: `nnx.Optimizer`, Flax's
     `TrainState`, the wrappers of optax. The updates are written and read again, which costs 12

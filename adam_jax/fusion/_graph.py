@@ -1,4 +1,4 @@
-"""The equations of a step: read from its jaxpr, with all that it calls."""
+"""The equations of a step, read from its jaxpr and from the jaxprs that it calls."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -83,7 +83,7 @@ def _stage(sources: Sequence[Any]) -> str:
             if match := STAGE.fullmatch(frame.function_name):
                 # `signal.stateless` and `to_updates` make stages, and name them in their scope.
                 *_, scope = str(source.name_stack).split("/")
-                return scope if match[1] in ("stateless", "to_updates") else match[1]
+                return scope or match[1] if match[1] in ("stateless", "to_updates") else match[1]
     return "a stage"
 
 

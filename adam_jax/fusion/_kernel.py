@@ -1,4 +1,4 @@
-"""The kernel of a large leaf: the equations of its chain, on one tile of it after another.
+"""The kernel of a large leaf computes the equations of its chain, tile by tile, in Pallas.
 
 Elementwise equations hold for a tile as they are, and tile operations have a form for it
 (`_tiles.py`). The grid of the kernel is the tiles of the leaf. Scalars are computed outside of the

@@ -1,4 +1,4 @@
-"""A chain as kernels, one for each large leaf: which equations of a step belong into which kernel.
+"""The equations of a step, sorted into one kernel for each large leaf.
 
 A local chain treats every element of a leaf, or every block of elements, by itself. So the
 equations that JAX traces on whole leaves hold for a tile of a leaf too, and they are the body of

@@ -1,4 +1,4 @@
-"""Kernels of sharded leaves: every device runs the kernel of its shard, and nothing is moved.
+"""Kernels of sharded leaves: every device runs the kernel of its shard, and moves no data.
 
 XLA does not partition a kernel by itself, it would gather the leaf. Inside `jax.shard_map` there is
 nothing to do: a shard is a leaf there.

@@ -10,7 +10,7 @@ from adam_jax.storage._protocol import Storage, in_dtype, only_first
 
 
 def cast(dtype: Any) -> Storage:
-    r"""Keep a moment in another dtype, rounded to nearest: of all leaves, small ones too.
+    r"""Keep a moment in another dtype, rounded to nearest, in small leaves too.
 
     A dtype given as a storage means the same, and so does `mu_dtype`. A second moment in bfloat16
     stalls: with :math:`b_2 = 0.999` it changes by less than half a spacing in a step, which rounds

@@ -11,7 +11,7 @@ from adam_jax.storage._protocol import Storage
 
 
 class Blocks(NamedTuple):
-    """Moments in codes of few bits, in blocks along the second-to-last axis.
+    """Moments as codes of 8 or 4 bits, in blocks along the second-to-last axis.
 
     Attributes:
       codes: the elements. 8-bit codes have the shape of the leaf; of 4-bit codes two neighbours

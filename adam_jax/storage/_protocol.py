@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from adam_jax._checks import check_dtype, kind
 from adam_jax._numerics import SMALL, accumulator, is_complex, real
@@ -18,7 +19,7 @@ from adam_jax.sharding import as_param
 
 @dataclass(frozen=True)
 class Leaf:
-    """The leaf that a moment belongs to: what `save` and `load` get beside the moment.
+    """A description of the leaf that a moment belongs to, which `save` and `load` get.
 
     Attributes:
       moment: "mu" or "nu".
@@ -50,12 +51,26 @@ class Leaf:
 
 
 def is_large(leaf: Leaf) -> bool:
-    """Whether a leaf is worth another storage: real, and of at least 4,096 elements."""
+    """Tell whether a leaf is real and has at least 4,096 elements, as most storages ask.
+
+    Args:
+      leaf: the leaf.
+
+    Returns:
+      True or False: the default of `Storage.fits`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(is_large(Leaf("mu", "kernel", (64, 64), jnp.float32, index=0)))
+      True
+
+    Source: none.
+    """
     return leaf.size >= SMALL and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 class Storage(NamedTuple):
-    r"""How the moments of a tree are kept, leaf by leaf.
+    r"""A pair of functions that save and load the moments of a tree, leaf by leaf.
 
     A moment starts as what `save` makes of its initial value. A storage that keeps several arrays
     of a moment names them: `parts` is a NamedTuple of them, and last of `whole`, for the leaves
@@ -92,6 +107,8 @@ class Storage(NamedTuple):
     only: str | None = None
     parts: Any = None
 
+
+StorageLike: TypeAlias = Storage | DTypeLike | None  # a storage, a dtype, or as it is computed
 
 AS_COMPUTED = Storage(
     save=lambda moment, leaf: moment,
@@ -143,7 +160,7 @@ class Slot(NamedTuple):
     storage: Storage
 
     @classmethod
-    def of(cls, stage: str, moment: str, storage: Any) -> "Slot":
+    def of(cls, stage: str, moment: str, storage: StorageLike) -> "Slot":
         """For the argument `mu_storage` or `nu_storage`: a `Storage`, a dtype or None."""
         name = f"{moment}_storage"
         if storage is None:

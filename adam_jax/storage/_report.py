@@ -1,4 +1,4 @@
-"""How many bytes a storage takes for a model, leaf by leaf."""
+"""A table of the bytes that a storage takes for a model, leaf by leaf."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from adam_jax.storage._protocol import Slot
 
 
 def report(storage: Any, params: Any, moment: str = "nu") -> str:
-    """The bytes that a storage keeps of each leaf of a model, as a table.
+    """Tabulate the bytes that a storage keeps of each leaf of a model.
 
     Nothing is allocated: the parameters may be `jax.ShapeDtypeStruct`.
 
