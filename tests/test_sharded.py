@@ -13,15 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support import assert_close, user_jit
+import tables
+from jax.sharding import NamedSharding, PartitionSpec
+from support import assert_close, mesh_of, user_jit
+from tables import keeping
 
 import adam_jax
 from adam_jax import storage
 
 SHAPES = [(1600, 1600), (768, 3072), (3, 3, 64, 64), (768, 12, 64), (50257, 768)]
-MESHES = {"one axis": (8,), "two axes": (2, 4)}
-KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+MESHES = {"one axis": {"x": 8}, "two axes": {"x": 2, "y": 4}}
+KINDS = "auto", "explicit"
 
 
 def tiles(shape):
@@ -30,22 +32,12 @@ def tiles(shape):
     return (*[1] * len(rest), rows // (2 - rows % 2), columns // 4)
 
 
-STORAGES = {
-    "cast": {"mu_storage": storage.cast(jnp.bfloat16), "nu_storage": storage.cast(jnp.bfloat16)},
-    "stochastic": {"mu_storage": storage.stochastic(), "nu_storage": storage.stochastic()},
-    "int8": {"mu_storage": storage.int8(), "nu_storage": storage.int8()},
-    "int4": {"mu_storage": storage.int4(), "nu_storage": storage.int4()},
-    "factored": {"nu_storage": storage.factored()},
-    "block_mean, columns": {"nu_storage": storage.block_mean(lambda path, s: (*s[:-1], 1))},
-    "block_mean, tiles": {"nu_storage": storage.block_mean(lambda path, s: tiles(s))},
-}  # fmt: skip
+STORAGES = {name: keeping(name) for name in tables.STORAGES if name != "block_mean"} | {
+    "block_mean, columns": keeping(storage.block_mean(lambda path, s: (*s[:-1], 1))),
+    "block_mean, tiles": keeping(storage.block_mean(lambda path, s: tiles(s))),
+}
 each_storage = pytest.mark.parametrize("name", STORAGES)
 each_mesh = pytest.mark.parametrize("axes", MESHES)
-
-
-def mesh_of(kind, axes):
-    names = ("x", "y")[: len(MESHES[axes])]
-    return jax.make_mesh(MESHES[axes], names, axis_types=(KINDS[kind],) * len(names))
 
 
 def layouts(shape, mesh):
@@ -89,7 +81,7 @@ def parts(moment, name):
 def test_every_layout_on_explicit_axes(name, axes):
     """Neither init nor update refuses one, and the codes lie as the parameters do."""
     tx = adam_jax.scale_by_moments(**STORAGES[name])
-    mesh = mesh_of("explicit", axes)
+    mesh = mesh_of("explicit", **MESHES[axes])
     params = leaves(SHAPES, mesh)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(tx.init, params)
@@ -146,7 +138,7 @@ GATHERING = [
 def test_no_device_gathers_a_moment(kind, name, cut):
     """Compiled for eight devices: less is gathered than a device keeps of a moment in float32."""
     shape, spec = CUT[cut]
-    mesh = mesh_of(kind, "one axis")
+    mesh = mesh_of(kind, x=8)
     sharding = NamedSharding(mesh, spec)
     tx = adam_jax.scale_by_moments(**STORAGES[name])
     params = jax.device_put(jnp.zeros(shape), sharding)
@@ -216,7 +208,7 @@ NUMBERS += [("auto", name) for name in ("int8", "int4", "factored")]
 @pytest.mark.parametrize(("kind", "name"), NUMBERS)
 def test_the_numbers_are_those_of_one_device(kind, name):
     """Random bits too: each element makes its own, wherever it lies."""
-    mesh = mesh_of(kind, "two axes")
+    mesh = mesh_of(kind, x=2, y=4)
     shardings = {leaf: NamedSharding(mesh, spec) for leaf, (_, spec) in SMALL.items()}
     moments, state = after_steps(
         small_stage(name), lambda tree: jax.device_put(tree, shardings), mesh
@@ -245,7 +237,7 @@ def test_random_bits_are_made_where_the_leaf_is():
     for kind in (*KINDS, None):
         params = jnp.zeros((256, 256))
         if kind is not None:
-            sharding = NamedSharding(mesh_of(kind, "one axis"), PartitionSpec("x"))
+            sharding = NamedSharding(mesh_of(kind, x=8), PartitionSpec("x"))
             params = jax.device_put(params, sharding)
         compiled = user_jit(tx.update).lower(params, tx.init(params)).compile()
         flops[kind] = compiled.cost_analysis()["flops"]

@@ -2,7 +2,6 @@
 
 import inspect
 
-import chains
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,16 @@ import numpy as np
 import optax
 import pytest
 from support import assert_close
+from tables import MEMBERS, keeping
 
 import adam_jax
-from adam_jax import storage
 
-MEMBERS = chains.members()
 NOT_FROM_ZERO = {"adagrad", "yogi"}  # their moments start at 0.1 and at 1e-6
 STORED = {
-    "as computed": {},
-    "8 bits": {"mu_storage": storage.int8(), "nu_storage": storage.int8()},
-    "bfloat16": {"mu_storage": "bfloat16", "nu_storage": storage.stochastic()},
-    "factored": {"nu_storage": storage.factored()},
+    "as computed": keeping(),
+    "8 bits": keeping("int8"),
+    "bfloat16": keeping("bfloat16", "stochastic"),
+    "factored": keeping("factored"),
 }
 CASES = {
     f"{name}, {kept}": (name, {k: v for k, v in options.items() if k in parameters})
