@@ -23,7 +23,7 @@ import optax
 
 from adam_jax._checks import check_count, check_hyperparameter, check_params
 from adam_jax._numerics import accumulator, as_count, increment, wider
-from adam_jax._ownership import NONE, at, is_placeholder, owners, placeholder
+from adam_jax._ownership import NONE, at, is_placeholder, leaves_by_path, owners, placeholder
 from adam_jax.sharding import as_sharded, in_one_part
 from adam_jax.signal import check_updates, params_of
 
@@ -172,7 +172,9 @@ def in_basis(
             return list(map(_out_of, structure.flatten_up_to(new), sides, grads, beside)), new_state
 
         if basis.follows:
-            new, new_state = _unless(count == 0, step(parts), (_zeros(grads), state.inner))
+            first = jax.tree.map(jnp.zeros_like, grads), state.inner
+            unless_first = lambda new, old: jnp.where(count == 0, old, new)  # noqa: E731
+            new, new_state = jax.tree.map(unless_first, step(parts), first)
             renewed = moved_on(parts)
             changes = sides_of(parts), sides_of(renewed)
             rotated = lambda state, changes: _rotated(state, updates, *changes)  # noqa: E731
@@ -242,14 +244,6 @@ def _rotated(state: Any, params: Any, old: list[Sides | None], new: list[Sides |
 FIRST_MOMENTS = {"mu", "mu_slow", "trace"}
 
 
-def _unless(condition: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda new, old: jnp.where(condition, old, new), new, old)
-
-
-def _zeros(leaves: list) -> list:
-    return [None if leaf is None else jnp.zeros_like(leaf) for leaf in leaves]
-
-
 def _wide(leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf)
     return leaf.astype(accumulator(leaf.dtype))
@@ -296,7 +290,7 @@ def _as_leaves(trees: Any, updates: Any) -> list:
             f"{_REMEDY}"
         ) from None
     leaves = []
-    for path, grad, *parts in zip(_paths(updates), grads, *columns, strict=True):
+    for path, grad, *parts in zip(leaves_by_path(updates), grads, *columns, strict=True):
         if (grad is None) != all(part is None for part in parts):
             missing = "no gradient for" if grad is None else "a gradient for what was None in init:"
             raise ValueError(f"in_basis got {missing} the leaf{at(path)}. {_REMEDY}")
@@ -307,25 +301,19 @@ def _as_leaves(trees: Any, updates: Any) -> list:
 
 def _check_shapes(updates: Any, sides: list[Sides | None]) -> None:
     """A matrix must be as large as its basis."""
-    for path, grad, both in zip(_paths(updates), _flatten(updates)[0], sides, strict=True):
+    for (path, grad), both in zip(leaves_by_path(updates).items(), sides, strict=True):
         for axis, side in zip((-2, -1), both or (), strict=False):
             if side is None:
                 continue
-            *batch, length, _ = jnp.shape(side)
-            *front, m, n = jnp.shape(grad) if jnp.ndim(grad) > 1 else (None, None, None)
-            if (m, n)[axis] != length or batch != front:
+            shape, (*batch, length, _) = jnp.shape(grad), jnp.shape(side)
+            if len(shape) < 2 or shape[axis] != length or list(shape[:-2]) != batch:
                 raise ValueError(
-                    f"in_basis got a gradient of shape {jnp.shape(grad)} for the leaf{at(path)}, "
-                    f"whose axis {axis} had length {length} in init(). {_REMEDY}"
+                    f"in_basis got a gradient of shape {shape} for the leaf{at(path)}, whose axis "
+                    f"{axis} had length {length} in init(). {_REMEDY}"
                 )
 
 
 _REMEDY = "Give gradients shaped like the parameters of init(), or make the state anew with init()."
-
-
-def _paths(tree: Any) -> list:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: leaf is None)
-    return [path for path, _ in leaves]
 
 
 # --- The bases ------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Stages from moments to moments: they change the averages before the division."""
+"""Stages from moments to moments: they change the averages before the division.
+
+In `update` each of them raises a TypeError if it gets plain updates instead of `Moments`.
+"""
 
 from typing import Any, NamedTuple
 
@@ -29,9 +32,6 @@ def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationE
 
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
-
-    Raises:
-      TypeError: in `update`, if it gets plain updates instead of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -74,8 +74,7 @@ def nesterov(
       with a `NesterovState`.
 
     Raises:
-      TypeError: if `momentum` is not a schedule; in `update`, if it gets plain updates instead of
-        `Moments`.
+      TypeError: if `momentum` is not a schedule.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -159,8 +158,7 @@ def running_max(*, nu_storage: "StorageLike" = None) -> optax.GradientTransforma
       A gradient transformation from `Moments` to `Moments`, with a `RunningMaxState`.
 
     Raises:
-      TypeError: if `nu_storage` is neither a `Storage` nor a dtype; in `update`, if it gets plain
-        updates instead of `Moments`.
+      TypeError: if `nu_storage` is neither a `Storage` nor a dtype.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -174,7 +172,6 @@ def running_max(*, nu_storage: "StorageLike" = None) -> optax.GradientTransforma
 
     Source: Reddi, Kale and Kumar, "On the Convergence of Adam and Beyond" (ICLR 2018), algorithm 2.
     """
-
     slot = Slot.of("running_max", "nu", nu_storage)
 
     def init_fn(params):
@@ -218,9 +215,6 @@ def center() -> optax.GradientTransformationExtraArgs:
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
 
-    Raises:
-      TypeError: in `update`, if it gets plain updates instead of `Moments`.
-
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(0.5, 0.5), adam_jax.center())
@@ -231,7 +225,6 @@ def center() -> optax.GradientTransformationExtraArgs:
     Source: Graves, "Generating Sequences With Recurrent Neural Networks" (arXiv 1308.0850),
     equations 38 to 45.
     """
-
     return stateless("center", _centered)
 
 
@@ -261,8 +254,7 @@ def delay() -> optax.GradientTransformationExtraArgs:
       A stateless gradient transformation from `Moments` to `Moments`.
 
     Raises:
-      TypeError: in `update`, if it gets plain updates instead of `Moments`, or there is a `delay`
-        before it.
+      TypeError: in `update`, if there is a `delay` before it.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -276,7 +268,6 @@ def delay() -> optax.GradientTransformationExtraArgs:
 
     Source: Taniguchi et al., "ADOPT" (arXiv 2411.02853), algorithm 1.
     """
-
     return stateless("delay", _delayed)
 
 
@@ -311,7 +302,7 @@ def floor(*, eps: Scalar) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if `eps` is negative, infinite, NaN or not a scalar.
-      TypeError: if `eps` is not a number; in `update`, if it gets plain updates.
+      TypeError: if `eps` is not a number.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -344,7 +335,7 @@ def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if `b1` is outside [0, 1) or not a scalar.
-      TypeError: if `b1` is not a number; in `update`, if it gets plain updates.
+      TypeError: if `b1` is not a number.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -385,8 +376,7 @@ def mix_slow_moment(
 
     Raises:
       ValueError: if `b3` or `alpha` is out of its range or not a scalar.
-      TypeError: if they are not numbers, arrays or schedules; in `update`, if it gets plain
-        updates.
+      TypeError: if they are not numbers, arrays or schedules.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -460,9 +450,6 @@ def cautious() -> optax.GradientTransformationExtraArgs:
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
 
-    Raises:
-      TypeError: in `update`, if it gets plain updates instead of `Moments`.
-
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(b1=0.5), adam_jax.cautious())
@@ -474,7 +461,6 @@ def cautious() -> optax.GradientTransformationExtraArgs:
 
     Source: Liang et al., "Cautious Optimizers" (arXiv 2411.16085), algorithm 1.
     """
-
     return stateless("cautious", _agreeing)
 
 

@@ -223,10 +223,7 @@ def mgda() -> optax.GradientTransformationExtraArgs:
     tasks the update is 0, even if the mean of the losses could still fall much. The smallest
     gradients count most; `per_task` can bring all to one size first.
 
-    The minimum is exact up to rounding. A step moves weight from one task to another, as much as
-    shortens the sum most (a pairwise Frank-Wolfe step), and then goes towards the point where all
-    tasks of positive weight have equal inner products with the sum (a Newton step), until a weight
-    is 0. Two tasks take one step; more take a few, at most 1,000.
+    The minimum is exact up to rounding.
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks to one
@@ -241,8 +238,7 @@ def mgda() -> optax.GradientTransformationExtraArgs:
 
     Source: Désidéri, "Multiple-gradient descent algorithm" (Comptes Rendus Mathématique 350, 2012);
     Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization" (arXiv 1810.04650),
-    equation 3; the steps: Lacoste-Julien and Jaggi (arXiv 1511.05932), algorithm 2, with the pairs
-    of Fan, Chen and Lin, "Working Set Selection Using Second Order Information" (JMLR 6, 2005).
+    equation 3.
     """
     return _stage_of_gram(
         "mgda", lambda m: _Cost(m, jnp.zeros_like(m[0]), jnp.ones_like(m[0, 0])).minimizer()
@@ -315,8 +311,9 @@ class _Cost(NamedTuple):
     def minimizer(self) -> jax.Array:
         """Where f is least.
 
-        A step moves weight between two tasks. For two tasks one step is enough. For more, nearly
-        parallel gradients would need many such steps, so each is followed by a Newton step.
+        A step moves weight between two tasks (a pairwise Frank-Wolfe step, arXiv 1511.05932). For
+        two tasks one step is enough. For more, nearly parallel gradients would need many such
+        steps, so each is followed by a Newton step.
         """
         tasks = len(self.m)
 
@@ -347,7 +344,7 @@ class _Cost(NamedTuple):
         """Which task gives weight to which, and whether f falls by more than rounding.
 
         The giver is the task of positive weight with the largest partial derivative, the taker the
-        one for which f falls most, judged by its first two derivatives.
+        one for which f falls most, judged by its first two derivatives (Fan, Chen and Lin, JMLR 6).
         """
         derivatives, noise = self.derivatives(w)
         giver = jnp.argmax(jnp.where(w > 0, derivatives, -jnp.inf))
@@ -704,7 +701,7 @@ def _check_tasks(stage: str, updates: optax.Updates, params: Any) -> int | None:
     remedy = "make them with jax.jacrev of the vector of losses"
     check_updates(stage, updates)
     param_at = leaves_by_path(params_of(updates, params))
-    path_by_tasks: dict[int, tuple] = {}
+    tasks = None
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         shape, param = jnp.shape(leaf), param_at.get(path)
         if not shape or not shape[0] or (param is not None and shape[1:] != jnp.shape(param)):
@@ -713,14 +710,13 @@ def _check_tasks(stage: str, updates: optax.Updates, params: Any) -> int | None:
                 f"{stage} takes gradients with one leading axis of tasks, but the one{at(path)} "
                 f"has shape {shape}{of}: {remedy}."
             )
-        path_by_tasks.setdefault(shape[0], path)
-    if len(path_by_tasks) > 1:
-        (k, one), (other_k, other), *_ = path_by_tasks.items()
-        raise ValueError(
-            f"{stage} takes gradients of the same tasks for every leaf, but the one{at(one)} has "
-            f"{k} and the one{at(other)} has {other_k}: {remedy}."
-        )
-    return next(iter(path_by_tasks), None)
+        if tasks not in (None, shape[0]):
+            raise ValueError(
+                f"{stage} takes gradients of the same tasks for every leaf, but the one{at(path)} "
+                f"has {shape[0]}, and others have {tasks}: {remedy}."
+            )
+        tasks = shape[0]
+    return tasks
 
 
 def _rounding(m: jax.Array) -> float:

@@ -93,7 +93,7 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
 
         def scaled(update, param):
             if param is not None and not _alike(update, param):
-                _refuse("scale_by_lr", updates, params)
+                _params_like("scale_by_lr", updates, params)
             return once(_scaled, update, rate)
 
         steps = map_updates("scale_by_lr", scaled, updates, params_of(updates, params))
@@ -196,48 +196,32 @@ def _broadcast(mask: Any, updates: optax.Updates) -> Any:
     if not _is_mask_tree(mask):
         raise TypeError(f"mask must return a tree of booleans, got {mask!r}.")
     try:
-        return jax.tree.map(
-            lambda chosen, part: jax.tree.map(lambda _: chosen, part), mask, updates
-        )
+        return jax.tree.map(lambda chosen, of: jax.tree.map(lambda _: chosen, of), mask, updates)
     except ValueError as error:
-        raise ValueError(
-            "mask must be a tree like the parameters, or a prefix of one, that has a boolean for "
-            "each leaf; that of decay_weights is another tree."
-        ) from error
+        raise ValueError(f"mask must be a tree like the parameters, or a prefix: {error}") from None
+
+
+# --- Parameters beside their updates --------------------------------------------------------------
 
 
 def _params_like(stage: str, updates: optax.Updates, params: optax.Params | None) -> Any:
-    """The parameters that have an update, and None where the update is None."""
+    """The parameters that have an update, each of the shape of its update: none is broadcast."""
     if params is None:
         raise ValueError(f"{stage} needs the parameters: pass params to update().")
-    try:
-        updated = jax.tree.map(_with_update, updates, params, is_leaf=is_leaf)
-        alike = jax.tree.map(_alike, updates, updated)
-    except ValueError:  # another tree
-        alike = False
-    if not all(jax.tree.leaves(alike)):
-        _refuse(stage, updates, params)
-    return updated
-
-
-def _with_update(update: Any, param: Any) -> Any:
-    return None if update is None else param
+    check_updates(stage, updates)
+    with contextlib.suppress(ValueError):  # of another tree, which check_match will tell
+        with_update = lambda update, param: None if update is None else param  # noqa: E731
+        params = jax.tree.map(with_update, updates, params, is_leaf=is_leaf)
+    check_match(stage, params, updates)
+    return params
 
 
 def _alike(update: Any, param: Any) -> bool:
-    """Whether a parameter is moved, and not broadcast, by this update."""
-    if param is None or jnp.shape(update) != jnp.shape(param):
-        return False
-    return jnp.iscomplexobj(update) == jnp.iscomplexobj(param)
+    is_real = jnp.iscomplexobj(update) == jnp.iscomplexobj(param)
+    return is_real and jnp.shape(update) == jnp.shape(param)
 
 
-def _refuse(stage: str, updates: optax.Updates, params: optax.Params) -> None:
-    """The error for parameters that are not like the updates, with the name of the leaf."""
-    check_updates(stage, updates)
-    with contextlib.suppress(ValueError):  # of another tree
-        params = jax.tree.map(_with_update, updates, params, is_leaf=is_leaf)
-    check_match(stage, params, updates)
-    raise ValueError(f"{stage} got parameters in another tree than the updates.")
+# --- Momentum, the trust ratio, clipping ----------------------------------------------------------
 
 
 class AccumulateState(NamedTuple):

@@ -298,7 +298,7 @@ def test_adamax(name):
     assert_close(actual, expected, "contracted")
     with pytest.raises(ValueError, match="of='adamax'"):
         goes_on(theirs, ours)
-    with pytest.raises(ValueError, match="of='adamax', but tx averages squares"):
+    with pytest.raises(ValueError, match="say of='adamax' if, and only if"):
         goes_on(theirs, adam_jax.adam(1e-2), of="adamax")
     _, own = stepped(ours, ours.init(PARAMS), 3)
     chex.assert_trees_all_equal(adam_jax.from_optax(ours, PARAMS, own), own)
@@ -308,7 +308,7 @@ def test_adopt():
     """Its first moment averages normalized gradients, in optax and here."""
     expected, actual = goes_on(optax.contrib.adopt(1e-2), adam_jax.adopt(1e-2), of="adopt")
     assert_close(actual, expected, "contracted")
-    with pytest.raises(ValueError, match=r"mu of the state averages normalized.*'bias', 'kernel'"):
+    with pytest.raises(ValueError, match=r"normalized gradients.*'bias', 'kernel'"):
         goes_on(optax.contrib.adopt(1e-2), adam_jax.adam(1e-2), of="adopt")
 
 
@@ -317,9 +317,9 @@ def test_an_adam_is_no_average_of_normalized_gradients(member):
     with pytest.raises(ValueError, match=r"normalized gradients.*of='adopt'.*tx\.init"):
         goes_on(optax.adam(1e-2), member(1e-2))
     own = adam_jax.adam(1e-2)
-    with pytest.raises(ValueError, match="tx averages normalized gradients"):
+    with pytest.raises(ValueError, match="normalized gradients"):
         adam_jax.from_optax(member(1e-2), PARAMS, own.init(PARAMS))
-    with pytest.raises(ValueError, match="mu of the state averages normalized"):
+    with pytest.raises(ValueError, match="normalized gradients"):
         adam_jax.from_optax(own, PARAMS, member(1e-2).init(PARAMS))
 
 
@@ -412,7 +412,7 @@ def test_a_checkpoint_without_a_target(tmp_path):
         checkpointer.wait_until_finished()
         old = checkpointer.restore(tmp_path / "state")
     chex.assert_trees_all_equal(adam_jax.from_optax(tx, PARAMS, old), state, strict=True)
-    with pytest.raises(ValueError, match=r"nu of the parameter at 'kernel' .* the storage that"):
+    with pytest.raises(ValueError, match=r"nu for .* at .*'codes/kernel'.* the storage that"):
         adam_jax.from_optax(adam_jax.adamw(1e-2, mu_storage=storage.int8()), PARAMS, old)
 
 

@@ -723,7 +723,7 @@ def test_hyperparameters_may_be_injected():
         (
             {"a": np.ones((2, 3), "float32"), "b": np.ones((3, 3), "float32")},
             None,
-            r"the one at \['a'\] has 2 and the one at \['b'\] has 3",
+            r"the one at \['b'\] has 3, and others have 2",
         ),
         (np.ones((0, 3), "float32"), None, r"has shape \(0, 3\): make them with jax.jacrev"),
     ],
