@@ -167,7 +167,7 @@ def block_mean(
 
     def load(stored, leaf):
         for axis, length in enumerate(blocks(leaf.path, leaf.shape) or ()):
-            stored = _tiles.spread(stored, axis, length, leaf.shape[axis])
+            stored = _tiles.repeated(stored, axis, length, leaf.shape[axis])
         return jnp.broadcast_to(stored, leaf.shape)
 
     def fits(leaf):
