@@ -530,6 +530,38 @@ def test_factored_survives_an_infinite_square():
         assert np.isnan(updates[3, 5])
 
 
+@pytest.mark.parametrize("bad", [1e20, np.inf, np.nan])
+def test_factored_loses_one_row(bad):
+    """Where float32 loses one element: the others go on, from zeros too."""
+    tx = adam_jax.adam(1e-2, nu_storage=storage.factored())
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros(SHAPE))
+    row = np.arange(SHAPE[1]) == 5  # of the means along the longest axis
+    for g in (jnp.zeros(SHAPE).at[3, 5].set(bad), jnp.ones(SHAPE), jnp.ones(SHAPE)):
+        updates, state = update(g, state)
+    updates = np.asarray(updates)
+    expected = adam_jax.adam(1e-2)
+    due = expected.init(jnp.zeros(()))
+    for g in (0.0, 1.0, 1.0):
+        without, due = expected.update(jnp.float32(g), due)
+    assert_close(updates[:, ~row], np.full((70, 64), without), "float32 mean")
+    assert np.all((updates[:, row] == 0) | np.isnan(updates[:, row]))
+    assert np.isnan(updates[3, 5]) == (bad != 1e20)  # as in float32, of m
+    assert np.sum(np.isnan(updates)) == (bad != 1e20)
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan, 3e38])
+def test_a_row_that_factored_stops_does_not_change_the_others(bad):
+    """Not even where squares that are finite have a sum that is not."""
+    x = np.square(magnitudes(np.random.default_rng(0)))
+    rows = np.isin(np.arange(SHAPE[1]), (5, 6))
+    x[3:5, rows] = bad
+    kept = round_trip(storage.factored(), "nu", x)
+    assert np.all(kept[:, rows] == np.inf)
+    assert_close(kept[:, ~rows], round_trip(storage.factored(), "nu", x[:, ~rows]), "float32 mean")
+    again = round_trip(storage.factored(), "nu", kept.astype(np.float32))
+    assert_close(again, kept, "float32 mean")
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_a_bad_number_stays_alone_in_its_block(name, bad):

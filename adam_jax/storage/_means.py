@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,8 +37,10 @@ def factored() -> Storage:
     the moment before it is saved, in which the squares of this step's gradient are not averaged.
     To average those too, as Adafactor does, give a rule that averages (see `block_mean`).
 
-    An infinite v makes the updates of its row 0, as it makes those of its element 0 in float32; the
-    other rows do not change. Inside `jax.shard_map` the means are those of a shard.
+    A row with an infinite or NaN v, or with one so large that a sum could overflow, is stopped: v
+    is infinite there from then on, which makes updates 0. The other rows go on as if the leaf were
+    without it. In float32 one element is lost so; a NaN gradient stays in m, of its element only.
+    Inside `jax.shard_map` the means are those of a shard.
 
     Returns:
       A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
@@ -61,24 +62,24 @@ def factored() -> Storage:
     def save(moment, leaf):
         second, largest = largest_axes(leaf.shape)
         rows = _tiles.mean(moment, largest, leaf.shape[largest])
-        # An infinite square counts in the mean of its row only. With an infinite mean of its column
-        # it would be loaded in every row, and after the next step all rows would be infinite.
-        columns = _tiles.mean(_finite(moment), second, leaf.shape[second])
+        most = jnp.finfo(moment.dtype).max / leaf.size  # no sum of such rows overflows
+        rows = jnp.where(rows <= most, rows, jnp.inf)  # NaN too
+        # In the mean of a column or of all rows a stopped row would stop the others.
+        columns = _tiles.mean(jnp.where(rows < jnp.inf, moment, 0), second, leaf.shape[second])
         return Factors(rows, columns)
 
     def load(stored, leaf):
         second, _ = largest_axes(leaf.shape)
-        mean = jnp.mean(_finite(stored.rows), axis=second, keepdims=True)
-        return stored.rows * (1 / jnp.where(mean == 0, 1, mean)) * stored.columns
+        goes_on = stored.rows < jnp.inf
+        rows = jnp.where(goes_on, stored.rows, 0)
+        mean = jnp.mean(rows, axis=second, keepdims=True)
+        moment = rows * (1 / jnp.where(mean == 0, 1, mean)) * stored.columns
+        return jnp.where(goes_on, moment, jnp.inf)
 
     def fits(leaf):
         return is_large(leaf) and sum(length > 1 for length in leaf.shape) > 1
 
     return Storage(save, load, fits, only="nu", parts=Factors)
-
-
-def _finite(moment: jax.Array) -> jax.Array:
-    return jnp.where(moment == jnp.inf, 0, moment)
 
 
 def transformer_blocks(
