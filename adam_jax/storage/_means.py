@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 def factored() -> Storage:
     r"""Keep the row and column means of the second moment.
 
-    .. math:: v_{ij} \approx R_i C_j / \operatorname{mean}(R)
+    .. math:: v_{ij} \approx R_i C_j / \operatorname{mean}(C)
 
     where :math:`R` and :math:`C` are the means along the two largest axes. Saving is linear and
     ``save(load(x)) == x``, so what is kept is exactly Adafactor's estimate. The step itself uses
@@ -38,9 +38,9 @@ def factored() -> Storage:
     To average those too, as Adafactor does, give a rule that averages (see `block_mean`).
 
     A row with an infinite or NaN v, or with one so large that a sum could overflow, is stopped: v
-    is infinite there from then on, which makes updates 0. The other rows go on as if the leaf were
-    without it. In float32 one element is lost so; a NaN gradient stays in m, of its element only.
-    Inside `jax.shard_map` the means are those of a shard.
+    is infinite there from then on, which makes updates 0. The means of the other rows stay as they
+    are. In float32 one element is lost so; a NaN gradient stays in m, of its element only. Inside
+    `jax.shard_map` the means are those of a shard.
 
     Returns:
       A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
@@ -61,19 +61,21 @@ def factored() -> Storage:
 
     def save(moment, leaf):
         second, largest = largest_axes(leaf.shape)
-        rows = _tiles.mean(moment, largest, leaf.shape[largest])
-        most = jnp.finfo(moment.dtype).max / leaf.size  # no sum of such rows overflows
-        rows = jnp.where(rows <= most, rows, jnp.inf)  # NaN too
-        # In the mean of a column or of all rows a stopped row would stop the others.
-        columns = _tiles.mean(jnp.where(rows < jnp.inf, moment, 0), second, leaf.shape[second])
+        # A number that is infinite, NaN, or so large that a sum could overflow makes its row
+        # infinite. In the mean of its column it would make all rows so in the next step.
+        counts = moment <= jnp.finfo(moment.dtype).max / leaf.size
+        rows = _tiles.mean(jnp.where(counts, moment, jnp.inf), largest, leaf.shape[largest])
+        columns = _tiles.mean(jnp.where(counts, moment, 0), second, leaf.shape[second])
         return Factors(rows, columns)
 
     def load(stored, leaf):
-        second, _ = largest_axes(leaf.shape)
+        _, largest = largest_axes(leaf.shape)
+        # The mean of the rows would lack those that are infinite, whose last numbers the columns
+        # may still have: the other rows would be too large.
+        mean = jnp.mean(stored.columns, axis=largest, keepdims=True)
         goes_on = stored.rows < jnp.inf
         rows = jnp.where(goes_on, stored.rows, 0)
-        mean = jnp.mean(rows, axis=second, keepdims=True)
-        moment = rows * (1 / jnp.where(mean == 0, 1, mean)) * stored.columns
+        moment = rows * (stored.columns * (1 / jnp.where(mean == 0, 1, mean)))
         return jnp.where(goes_on, moment, jnp.inf)
 
     def fits(leaf):
