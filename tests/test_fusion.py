@@ -160,6 +160,9 @@ def step_of_any_shape(platform):
     shapes = {"vector": (5000,), "stack": (2, 67, 128), "row": (1, 4100), "thin": (2, 2, 515, 10)}
     shapes["stacked vectors"] = (12, 768)  # fewer rows than a block has
     shapes["matrix"] = (264, 300)  # partial tiles along both axes
+    # Axes of length 1, which no kernel sees; blocks along another axis than its rows, or none.
+    shapes |= {"head": (4096, 1, 128), "heads": (2, 1, 67, 1, 128), "column": (4100, 1)}
+    shapes |= {"patches": (4, 4, 3, 96), "convolution": (40, 20, 3, 3), "cube": (8, 8, 8, 8)}
     rng = np.random.default_rng(0)
     params = random_tree(shapes, "float32", rng)
     params |= random_tree({"complex": (64, 65)}, "complex64", rng)
@@ -228,7 +231,7 @@ def compare(platform):
             print(case, flush=True)
     with interpret(platform) as kernels:
         step_of_any_shape(platform)
-    assert len(kernels) == (6 if platform == "cuda" else 4)
+    assert len(kernels) == (9 if platform == "cuda" else 5)
     with interpret(platform) as kernels:
         updates_apart()
     assert len(kernels) == 1
