@@ -27,7 +27,7 @@ def check_hyperparameter(
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         _check_range(name, value, upper)
         return float(value)
-    if isinstance(value, jax.Array | np.ndarray):
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
         array = check_scalar(name, value)
         if not isinstance(array, Tracer):
             _check_range(name, float(array), upper)

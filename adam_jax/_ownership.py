@@ -68,7 +68,7 @@ def _is_count(part: Any) -> bool:
 
 def is_placeholder(part: Any) -> bool:
     """Whether it stands where a leaf has no such part: nothing else in a state is boolean."""
-    return getattr(part, "dtype", np.dtype(float)).kind == "b"
+    return getattr(part, "dtype", None) == np.bool_
 
 
 def placeholder(shape: tuple[int, ...]) -> jax.Array:

@@ -249,6 +249,16 @@ def in_one_part(x: jax.Array, *axes: int) -> jax.Array:
     return jax.sharding.reshard(x, _with_names(sharding, names))
 
 
+def reshaped(x: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Another shape of an array that is sharded along its first axis at most, and stays so."""
+    sharding = explicit(x)
+    if sharding is None:
+        return x.reshape(shape)
+    first, *_ = _names(sharding, x.shape)
+    names = [first, *[()] * (len(shape) - 1)]
+    return jax.lax.reshape(x, shape, out_sharding=_with_names(sharding, names))
+
+
 def as_sharded(x: jax.Array, other: jax.Array) -> jax.Array:
     """The same array sharded as another one is, on a mesh with explicit axes."""
     sharding = explicit(other)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 
 class Tolerance(NamedTuple):
@@ -124,6 +125,12 @@ def random_grads(params, rng, low=-3, high=3):
 def matrices_only(params):
     """A mask for weight decay."""
     return jax.tree.map(lambda p: jnp.ndim(p) > 1, params)
+
+
+def mesh_of(kind="auto", **axes):
+    """A mesh of the devices of tests/conftest.py, with automatic or explicit axes."""
+    kinds = (AxisType[kind.capitalize()],) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 
 def make_step(tx):

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import TOLERANCES, assert_close
+from support import TOLERANCES, assert_close, mesh_of
 
 import adam_jax
 from adam_jax import storage
@@ -321,13 +321,13 @@ def test_gradients_of_few_directions(every):
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
 @each_method
 def test_sharded(name, kind):
     """The numbers of one device, and everything stays where `state_shardings` put it."""
     basis = {"SOAP": eigenvectors(every=2), "GaLore": singular_vectors(4, every=2)}[name]
     tx = adam_jax.in_basis(basis, adam_jax.adam(1e-2))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(getattr(AxisType, kind),))
+    mesh = mesh_of(kind, data=8)
     grads = RNG.normal(size=(4, 16, 16)).astype("float32")
     due, _ = trajectory(tx, {"kernel": jnp.asarray(grads[0])}, [{"kernel": g} for g in grads])
 

@@ -17,7 +17,6 @@ from jax import export
 from support import assert_close, random_params, user_jit
 
 import adam_jax
-from adam_jax._jit import once
 
 SHAPES = {"kernel": (256, 300), "bias": (300,), "head": (300, 10)}
 PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
@@ -111,35 +110,6 @@ def test_equations_grow_with_the_leaves_only(name):
     each, besides = EQUATIONS[name]
     assert many - few <= 10 * each
     assert few - (many - few) <= besides
-
-
-def test_leaves_of_one_kind_are_traced_once():
-    kinds = []
-
-    def rule(grad, mu, nu, decay):
-        kinds.append((grad.shape, str(grad.dtype), decay))
-        return adam_jax.squared(grad, mu, nu, decay)
-
-    tx = adam_jax.scale_by_moments(second_moment=rule)
-    tree = [jnp.ones(2)] * 5 + [jnp.ones(3)] * 5 + [jnp.ones(2, jnp.complex64)] * 5
-    jax.jit(tx.update)(tree, tx.init(tree))
-    due = [((2,), "complex64"), ((2,), "float32"), ((3,), "float32")]
-    assert sorted(kinds) == [(*kind, 0.999) for kind in due]
-    assert all(isinstance(decay, float) for *_, decay in kinds)
-
-
-def test_what_is_traced_once_returns_numbers_as_numbers():
-    def halved(pair, number):
-        return {"pair": pair, "half": number / 2, "none": None}
-
-    def twice(x):
-        first, second = once(halved, (x, x), 3.0), once(halved, (x + 1, x), 5.0)
-        assert (first["half"], second["half"]) == (1.5, 2.5)
-        assert first["none"] is None
-        return first["pair"], second["pair"]
-
-    chex.assert_trees_all_equal(jax.jit(twice)(jnp.float32(1)), ((1.0, 1.0), (2.0, 1.0)))
-    assert once(halved, 1, 3.0) == {"pair": 1, "half": 1.5, "none": None}
 
 
 @each_pair

@@ -11,6 +11,7 @@ import chains
 import jax
 import map
 import pytest
+import tables
 
 import adam_jax
 
@@ -51,6 +52,18 @@ def test_public_docstrings(name):
         if "rguments are those of `adam`" not in doc:
             for parameter in inspect.signature(thing).parameters:
                 assert f"{parameter}:" in doc, f"{name} does not document {parameter}"
+
+
+def test_every_stage_is_in_the_table_of_the_tests():
+    """So that all laws are checked of a new one."""
+    returned = {
+        name: inspect.signature(thing).return_annotation
+        for name, thing in vars(adam_jax).items()
+        if name in adam_jax.__all__ and inspect.isfunction(thing)
+    }
+    stages = {name for name, of in returned.items() if "GradientTransformation" in str(of)}
+    around = {"in_basis", "fuse", "lazy"}  # a chain
+    assert {name.split()[0] for name in tables.STAGES} == stages - around - tables.MEMBERS.keys()
 
 
 def test_the_readme_names_the_family():

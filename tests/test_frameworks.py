@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
+from support import mesh_of
 
 import adam_jax
 from adam_jax import storage
@@ -442,7 +443,7 @@ def test_linen_partition_spec(name):
 
 def test_linen_sharded_from_the_start():
     """The state is made on the mesh, in the layout of the parameters, and stays there."""
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(x=8)
     kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "x"))
     model = nn.Dense(64, kernel_init=kernel_init)
     tx = CASES["ademamix, int8"].tx

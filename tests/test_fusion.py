@@ -18,24 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from flax import nnx
 from jax import export
 from jax.experimental.pallas import tpu
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
-from support import assert_close, matrices_only, stack
+from support import assert_close, matrices_only, mesh_of, stack
+from tables import keeping
 
 import adam_jax
 from adam_jax import fusion, storage
 from adam_jax.fusion._kernel import Kernel
 
 INT8, INT4 = storage.int8(), storage.int4()
-
-
-def both(how):
-    return {"mu_storage": how, "nu_storage": how}
 
 
 def plain_step(tx):
@@ -74,9 +72,15 @@ def random_tree(shapes, dtype, rng, size=1.0):
 
 # --- Every member, storage and rounding -----------------------------------------------------------
 
-NOT_LOCAL_MEMBERS = {"lamb", "cautious_adamw"}
+GLOBAL = [name for name, stage in tables.STAGES.items() if not stage.local]
+
+
+def is_local(member):
+    return not any(stage.startswith(tuple(GLOBAL)) for stage in chains.stages(member))
+
+
 MEMBERS = {
-    **{name: make for name, make in chains.members().items() if name not in NOT_LOCAL_MEMBERS},
+    **{name: make for name, make in tables.MEMBERS.items() if is_local(name)},
     "rmsprop, centered": partial(adam_jax.rmsprop, centered=True, momentum=0.9),
     "adam, schedules": lambda rate: adam_jax.adam(
         optax.linear_schedule(rate, 0.0, 30), b1=lambda count: 0.9 - 0.1 / (count + 1.0)
@@ -84,12 +88,12 @@ MEMBERS = {
     "injected": optax.inject_hyperparams(adam_jax.adam, hyperparam_dtype=jnp.float32),
 }
 STORAGES = {
-    "bfloat16": both(storage.cast(jnp.bfloat16)),
-    "stochastic": both(storage.stochastic()),
-    "8 bits": both(INT8),
-    "4 bits": both(INT4),
-    "4 and 8 bits": {"mu_storage": INT4, "nu_storage": INT8},
-    "blocks of 128": both(storage.int8(block=128)),
+    "bfloat16": keeping("cast"),
+    "stochastic": keeping("stochastic"),
+    "8 bits": keeping("int8"),
+    "4 bits": keeping("int4"),
+    "4 and 8 bits": keeping("int4", "int8"),
+    "blocks of 128": keeping(storage.int8(block=128)),
 }
 ROUNDINGS = {
     "none": [],
@@ -100,8 +104,8 @@ ROUNDINGS = {
 CASES = {
     **{name: (member(1e-2), "float32") for name, member in MEMBERS.items()},
     **{f"adamw, {k}": (adam_jax.adamw(1e-2, **how), "float32") for k, how in STORAGES.items()},
-    "amsgrad, 8 bits": (adam_jax.amsgrad(1e-2, **both(INT8)), "float32"),
-    "ademamix, 8 bits": (adam_jax.ademamix(1e-2, **both(INT8)), "float32"),
+    "amsgrad, 8 bits": (adam_jax.amsgrad(1e-2, **keeping("int8")), "float32"),
+    "ademamix, 8 bits": (adam_jax.ademamix(1e-2, **keeping("int8")), "float32"),
     "lion, 4 bits": (adam_jax.lion(1e-3, mu_storage=INT4), "float32"),
     **{
         f"{k} in bfloat16": (optax.chain(adam_jax.adamw(1e-2), *stages), "bfloat16")
@@ -109,7 +113,7 @@ CASES = {
     },
     **{
         f"{k} in bfloat16, 8 bits": (
-            optax.chain(adam_jax.adamw(1e-2, **both(INT8)), *stages),
+            optax.chain(adam_jax.adamw(1e-2, **keeping("int8")), *stages),
             "bfloat16",
         )
         for k, stages in ROUNDINGS.items()
@@ -156,6 +160,9 @@ def step_of_any_shape(platform):
     shapes = {"vector": (5000,), "stack": (2, 67, 128), "row": (1, 4100), "thin": (2, 2, 515, 10)}
     shapes["stacked vectors"] = (12, 768)  # fewer rows than a block has
     shapes["matrix"] = (264, 300)  # partial tiles along both axes
+    # Axes of length 1, which no kernel sees; blocks along another axis than its rows, or none.
+    shapes |= {"head": (4096, 1, 128), "heads": (2, 1, 67, 1, 128), "column": (4100, 1)}
+    shapes |= {"patches": (4, 4, 3, 96), "convolution": (40, 20, 3, 3), "cube": (8, 8, 8, 8)}
     rng = np.random.default_rng(0)
     params = random_tree(shapes, "float32", rng)
     params |= random_tree({"complex": (64, 65)}, "complex64", rng)
@@ -170,7 +177,9 @@ def step_of_any_shape(platform):
 def updates_apart():
     """`fuse` within optax's wrappers, a mask and a partition."""
     labels = lambda params: jax.tree.map(lambda p: "a" if p.ndim > 1 else "b", params)  # noqa: E731
-    inner = optax.partition({"a": adam_jax.adamw(1e-2, **both(INT8)), "b": optax.sgd(0.1)}, labels)
+    inner = optax.partition(
+        {"a": adam_jax.adamw(1e-2, **keeping("int8")), "b": optax.sgd(0.1)}, labels
+    )
     wrap = lambda tx: optax.apply_if_finite(  # noqa: E731
         optax.chain(
             optax.clip_by_global_norm(1.0), optax.masked(tx, {"kernel": True, "bias": True})
@@ -222,7 +231,7 @@ def compare(platform):
             print(case, flush=True)
     with interpret(platform) as kernels:
         step_of_any_shape(platform)
-    assert len(kernels) == (6 if platform == "cuda" else 4)
+    assert len(kernels) == (9 if platform == "cuda" else 5)
     with interpret(platform) as kernels:
         updates_apart()
     assert len(kernels) == 1
@@ -247,7 +256,7 @@ def test_kernels_give_the_bits_of_the_chain(platform):
 # --- The chain is the definition ------------------------------------------------------------------
 
 SMALL = {"kernel": (100, 128), "bias": (7,)}
-TX = optax.chain(adam_jax.adamw(1e-2, **both(INT8)), adam_jax.compensate("int8"))
+TX = optax.chain(adam_jax.adamw(1e-2, **keeping("int8")), adam_jax.compensate("int8"))
 
 
 def small(dtype="bfloat16"):
@@ -318,8 +327,7 @@ def test_what_a_step_closes_over_and_further_arguments(interpreted):
 # --- What is not local ----------------------------------------------------------------------------
 
 NOT_LOCAL = {
-    "scale_by_trust_ratio": adam_jax.lamb(1e-3),
-    "cautious": adam_jax.cautious_adamw(1e-3),
+    **{name: tables.to_updates(name) for name in GLOBAL},
     "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-3)),
     "factored": adam_jax.adam(1e-3, nu_storage=storage.factored()),
     "block_mean": adam_jax.adam(
@@ -446,18 +454,18 @@ COLLECTIVES = re.compile(r"= \S+ (all-gather|all-reduce|all-to-all|collective-pe
 
 
 @pytest.mark.parametrize(
-    ("axes", "spec", "state_spec", "platform"),
+    ("kind", "spec", "state_spec", "platform"),
     [
-        (AxisType.Auto, P("x"), P("x"), "tpu"),
-        (AxisType.Auto, P(None, "x"), P(None, "x"), "cuda"),
-        (AxisType.Auto, P(), P("x"), "tpu"),  # whole parameters, a sharded state
-        (AxisType.Explicit, P("x"), P("x"), "tpu"),
-        (AxisType.Explicit, P(None, "x"), P(None, "x"), "tpu"),
+        ("auto", P("x"), P("x"), "tpu"),
+        ("auto", P(None, "x"), P(None, "x"), "cuda"),
+        ("auto", P(), P("x"), "tpu"),  # whole parameters, a sharded state
+        ("explicit", P("x"), P("x"), "tpu"),
+        ("explicit", P(None, "x"), P(None, "x"), "tpu"),
     ],
 )
-def test_eight_devices_give_the_bits_of_one(axes, spec, state_spec, platform, interpreted, due):
+def test_eight_devices_give_the_bits_of_one(kind, spec, state_spec, platform, interpreted, due):
     kernels = interpreted(platform)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    mesh = mesh_of(kind, x=8)
     params, state, grads = sharded_arguments()
     params, grads = placed((params, grads), mesh, spec)
     state = placed(state, mesh, state_spec)
@@ -473,7 +481,7 @@ def test_eight_devices_give_the_bits_of_one(axes, spec, state_spec, platform, in
 
 def test_inside_shard_map_a_part_is_a_leaf(interpreted):
     kernels = interpreted("tpu")
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(x=8)
     arguments = sharded_arguments()
     specs = jax.tree.map(lambda x: P("x") if x.size > 1000 else P(), arguments)
     # Pallas's interpreter does not tell what varies.
@@ -483,11 +491,11 @@ def test_inside_shard_map_a_part_is_a_leaf(interpreted):
     assert kernels
 
 
-@pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
-def test_shards_of_partial_blocks_are_refused(axes, interpreted):
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_shards_of_partial_blocks_are_refused(kind, interpreted):
     """Never a silent gather."""
     interpreted("tpu")
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(axes,))
+    mesh = mesh_of(kind, x=8)
     params = {"kernel": jnp.ones((160, 256), jnp.bfloat16)}
     state = placed(TX.init(params), mesh, P())
     params = placed(params, mesh, P("x"))
@@ -497,7 +505,7 @@ def test_shards_of_partial_blocks_are_refused(axes, interpreted):
 
 def test_a_state_that_is_sharded_otherwise_is_refused(interpreted):
     interpreted("tpu")
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of(x=8)
     params, state, grads = sharded_arguments()
     params, grads = placed((params, grads), mesh, P("x"))
     state = placed(state, mesh, P(None, "x"))

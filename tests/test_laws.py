@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -185,32 +186,11 @@ def test_the_worst_sequence_reaches_the_bound(x64):
 
 
 STAGES = {
-    "scale_by_moments": adam_jax.scale_by_moments(),
-    "debias": moments_then(adam_jax.debias()),
-    "nesterov": moments_then(adam_jax.nesterov()),
-    "normalize": moments_then(adam_jax.normalize()),
-    "bias_correct": moments_then(adam_jax.bias_correct()),
-    "bias_correct, eps_hat": moments_then(adam_jax.bias_correct(eps_hat=True)),
-    "rectify": moments_then(adam_jax.rectify(), b2=0.9),
-    "atan2": moments_then(adam_jax.atan2()),
-    "first_moment": moments_then(adam_jax.first_moment(), b2=None),
+    **{
+        name: tables.from_gradients(name) for name, s in tables.STAGES.items() if s.emits != "steps"
+    },
     "no first moment": moments_then(adam_jax.normalize(), b1=None),
-    "nesterov, own schedule": moments_then(
-        adam_jax.nesterov(lambda t: 0.9 + 0.0 * t.astype(float))
-    ),
-    "running_max": moments_then(adam_jax.running_max()),
-    "center": moments_then(adam_jax.center()),
-    "delay": moments_then(adam_jax.delay()),
-    "floor": moments_then(adam_jax.floor(eps=1e-3)),
-    "interpolate": moments_then(adam_jax.interpolate(0.5)),
-    "mix_slow_moment": moments_then(adam_jax.mix_slow_moment()),
-    "cautious": moments_then(adam_jax.cautious()),
-    "clip_by_schedule": adam_jax.clip_by_schedule(lambda t: 1.0 + t.astype(float)),
-    "scale_by_lr": adam_jax.scale_by_lr(1e-3),
-    "adam": adam_jax.adam(1e-3),
-    "adamw": adam_jax.adamw(1e-3),
-    "nadam": adam_jax.nadam(1e-3),
-    "nadamw": adam_jax.nadamw(1e-3),
+    **{name: tables.MEMBERS[name](1e-3) for name in ("adam", "adamw", "nadam", "nadamw")},
     "adam, moving rates": adam_jax.adam(1e-3, b1=jnp.float32(0.9), b2=lambda t: 0.99),
 }
 each_stage = pytest.mark.parametrize("tx", STAGES.values(), ids=STAGES.keys())

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import chains
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import pytest
 import torch
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from support import assert_close, make_step
+from support import assert_close, make_step, mesh_of
+from tables import MEMBERS, keeping
 
 import adam_jax
 from adam_jax import storage
@@ -84,10 +84,8 @@ def check_sparse_adam(rate, betas, eps, dtype, tolerance):
 
 # --- The laws -------------------------------------------------------------------------------------
 
-INT8 = {"mu_storage": storage.int8(block=4), "nu_storage": storage.int8(block=4)}
-STOCHASTIC = {"mu_storage": storage.stochastic(), "nu_storage": storage.stochastic()}
 CASES = {
-    **{name: (member(1e-2), "float32") for name, member in chains.members().items()},
+    **{name: (member(1e-2), "float32") for name, member in MEMBERS.items()},
     "clipped": (optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adamw(1e-2)), "float32"),
     "apply_if_finite": (optax.apply_if_finite(adam_jax.adam(1e-2), 3), "float32"),
     "fused": (adam_jax.fuse(adam_jax.adamw(1e-2)), "float32"),
@@ -107,7 +105,7 @@ CASES = {
         optax.inject_hyperparams(adam_jax.adamw, hyperparam_dtype=jnp.float32)(1e-2),
         "float32",
     ),
-    "stochastic storage": (adam_jax.adamw(1e-2, **STOCHASTIC), "float32"),
+    "stochastic storage": (adam_jax.adamw(1e-2, **keeping("stochastic")), "float32"),
     "rounded": (
         optax.chain(adam_jax.adamw(1e-2), adam_jax.round_stochastically()),
         "bfloat16",
@@ -270,7 +268,7 @@ def check_rows_stay(tx, shape):
 
 def test_blocks_inside_a_row():
     """Of a stack in 8 bits the codes and scales of a row are its own."""
-    tx = adam_jax.adamw(1e-2, **INT8)
+    tx = adam_jax.adamw(1e-2, **keeping(storage.int8(block=4)))
     assert tx.init(jnp.ones((6, 40, 40)))[0].mu.codes.dtype == jnp.int8
     check_rows_stay(tx, (6, 40, 40))
 
@@ -341,7 +339,7 @@ def test_flax():
 def test_devices_with_whole_rows(problem):
     """Inside jax.shard_map each has some rows, and the numbers are those of one device."""
     params, gradients = problem
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(x=2)
     run = jax.shard_map(
         lambda params, gradients: scanned(LAZY, params, gradients),
         mesh=mesh, in_specs=(P("x"), P(None, "x")), out_specs=P(None, "x"),

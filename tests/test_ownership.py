@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
+from tables import keeping
 
 import adam_jax
-from adam_jax import storage
 from adam_jax._ownership import NONE, owners
 
-EIGHT_BITS = {"mu_storage": storage.int8(), "nu_storage": storage.int8()}
+EIGHT_BITS = keeping("int8")
 
 
 def owned(tx, params):

@@ -6,17 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tables
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import random_params
 
 import adam_jax
 
 LOW = ["bfloat16", "float16"]
-STAGES = {
-    "round_stochastically": adam_jax.round_stochastically(seed=3),
-    "compensate bfloat16": adam_jax.compensate("bfloat16"),
-    "compensate int8": adam_jax.compensate("int8"),
-}
+STAGES = tables.stages("updates", "steps")
 each_stage = pytest.mark.parametrize("tx", STAGES.values(), ids=STAGES.keys())
 
 

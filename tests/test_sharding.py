@@ -13,22 +13,16 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import assert_close, matrices_only, user_jit
+from support import assert_close, matrices_only, mesh_of, user_jit
+from tables import keeping
 
 import adam_jax
 from adam_jax import storage
 
 INT8, INT4, FACTORED = storage.int8(), storage.int4(), storage.factored()
-EIGHT_BITS = {"mu_storage": INT8, "nu_storage": INT8}
-KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-
-
-def mesh_of(kind="auto", **axes):
-    """A mesh of the eight devices of tests/conftest.py."""
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(KINDS[kind],) * len(axes))
-
+EIGHT_BITS = keeping("int8")
 
 # --- Which layout ---------------------------------------------------------------------------------
 
@@ -253,7 +247,9 @@ def collectives(compiled):
 
 
 def bytes_on_one(tree):
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    """But for placeholders."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype != bool]
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
 
 SMALL_LEAVES = 200  # bytes of counts and weights, on every device

@@ -2,7 +2,6 @@
 
 import inspect
 
-import chains
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,16 @@ import numpy as np
 import optax
 import pytest
 from support import assert_close
+from tables import MEMBERS, keeping
 
 import adam_jax
-from adam_jax import storage
 
-MEMBERS = chains.members()
 NOT_FROM_ZERO = {"adagrad", "yogi"}  # their moments start at 0.1 and at 1e-6
 STORED = {
-    "as computed": {},
-    "8 bits": {"mu_storage": storage.int8(), "nu_storage": storage.int8()},
-    "bfloat16": {"mu_storage": "bfloat16", "nu_storage": storage.stochastic()},
-    "factored": {"nu_storage": storage.factored()},
+    "as computed": keeping(),
+    "8 bits": keeping("int8"),
+    "bfloat16": keeping("bfloat16", "stochastic"),
+    "factored": keeping("factored"),
 }
 CASES = {
     f"{name}, {kept}": (name, {k: v for k, v in options.items() if k in parameters})
@@ -230,3 +228,39 @@ def test_several_steps_around_the_first_stage_alone():
     updates, _ = tx.update(GRADS[1], state, PARAMS)
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *GRADS[:2])
     chex.assert_trees_all_close(updates, jax.tree.map(jnp.sign, mean), rtol=1e-4)  # but for eps
+
+
+# --- A part of a state starts anew ----------------------------------------------------------------
+
+
+def test_a_group_starts_anew():
+    """The groups of `optax.partition` have states of their own, and zeros are a fresh one."""
+    tx = optax.partition(
+        {"old": adam_jax.adamw(0.01), "new": adam_jax.adamw(0.01)},
+        {"kernel": "old", "bias": "new", "scale": "old"},
+    )
+    _, state = run(tx, tx.init(PARAMS))
+    expected, _ = run(tx, state)
+    zeros = jax.tree.map(jnp.zeros_like, state.inner_states["new"])
+    updates, _ = run(tx, state._replace(inner_states=state.inner_states | {"new": zeros}))
+    fresh, _ = run(tx, tx.init(PARAMS))
+    for step in range(3):
+        chex.assert_trees_all_equal(updates[step]["kernel"], expected[step]["kernel"])
+        chex.assert_trees_all_equal(updates[step]["bias"], fresh[step]["bias"])
+
+
+def test_rows_start_anew():
+    """With a state for each row, by `jax.vmap`, the weights of a row can start anew too."""
+    tx = adam_jax.adam(0.01)
+    init, update = jax.vmap(tx.init), jax.jit(jax.vmap(tx.update))
+    table = PARAMS["kernel"]
+    state = init(table)
+    for grads in GRADS:
+        _, state = update(grads["kernel"], state, table)
+    restarted = jnp.arange(len(table)) == 3
+    row_of = lambda leaf: restarted.reshape(-1, *[1] * (leaf.ndim - 1))  # noqa: E731
+    state = jax.tree.map(lambda leaf: jnp.where(row_of(leaf), 0, leaf), state)
+    updates, _ = update(GRADS[0]["kernel"], state, table)
+    fresh, _ = update(GRADS[0]["kernel"], init(table), table)
+    chex.assert_trees_all_equal(updates[3], fresh[3])
+    assert not np.allclose(updates[2], fresh[2])

@@ -35,8 +35,12 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
     The chain stays the definition: `init` and the state are those of `tx`, and on a CPU, or called
     without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. The same computes the
     leaves that get no kernel: small ones (under 4,096 elements), those in other dtypes than float32
-    and bfloat16 or in blocks of a length that is no power of two, and on a TPU vectors and matrices
-    that XLA lays out by columns there (such as 768 × 1000, whose rows would not fill its tiles).
+    and bfloat16 or in blocks of a length that is no power of two or along another axis than the
+    second-to-last (`adam_jax.storage.int8` says which), and on a TPU vectors and matrices that XLA
+    lays out by columns there (such as 768 × 1000, whose rows would not fill its tiles). Axes of
+    length 1 do not count. Compiled for an H100 and a v5e, 8-bit adamw moves 29.1 and 20.3 bytes a
+    parameter of a patch embedding (16, 16, 3, 768), with 0.8 and 1.6 bytes of temporaries, and 23.1
+    and 20.3 of convolutions (512, 512, 3, 3), with 0.4 and 0.5; a kernel would move 16.3.
 
     On a GPU the kernels are Pallas's Triton kernels, which jax 0.12 warns are deprecated.
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 
 from adam_jax._numerics import SMALL
 from adam_jax.fusion._graph import TYPES, Equation, Value
-from adam_jax.fusion._tiles import Tile, block_axis
+from adam_jax.fusion._tiles import Tile, in_blocks, wide_axes
 
 BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas
 LARGEST_BLOCK = 512  # of more rows than this a tile would have too few columns
@@ -38,6 +38,7 @@ class Kernel:
       reads: the arrays that the equations need.
       writes: the arrays that they make.
       replaces: for an array that is written, the one that is read whose buffer it takes.
+      axis: the axis that the blocks lie along; None where all elements are one vector.
       block_of: for every array, how many elements of the leaf along the axis of the blocks share
         one of its elements: 1, or more for scales and for codes packed into bytes.
     """
@@ -49,12 +50,13 @@ class Kernel:
     reads: list[Value]
     writes: list[Value]
     replaces: dict[Value, Value]
+    axis: int | None
     block_of: dict[Value, int]
 
     @property
-    def axis(self) -> int:
-        """The axis that the blocks lie along."""
-        return block_axis(self.shape)
+    def axes(self) -> list[int]:
+        """The axes of the leaf that the kernel sees: those longer than 1."""
+        return wide_axes(self.shape)
 
     @property
     def block(self) -> int:
@@ -62,18 +64,27 @@ class Kernel:
         return max(self.block_of.values(), default=1)
 
     def shape_of(self, value: Value, lengths: Sequence[int]) -> tuple[int, ...]:
-        """The shape of an array where that of the leaf, a shard or a tile of it is `lengths`."""
-        block = self.block_of.get(value, 1)
-        return tuple(-(-n // block) if a == self.axis else n for a, n in enumerate(lengths))
+        """The shape of an array where that of the leaf or of a shard of it is `lengths`."""
+        return in_blocks(lengths, self.axis, self.block_of.get(value, 1))
+
+    def _seen(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of an array that the kernel sees: without the axes of length 1 of the leaf."""
+        return tuple(shape[axis] for axis in self.axes)
+
+    def _part_of(self, value: Value, lengths: Sequence[int]) -> tuple[int, ...]:
+        """The part of an array that a kernel sees, where it sees `lengths` of the leaf."""
+        return in_blocks(lengths, max(len(lengths) - 2, 0), self.block_of.get(value, 1))
 
     def tile_shape(self, platform: str, lengths: Sequence[int] = ()) -> tuple[int, ...] | None:
         """The shape of a tile, None where XLA does better or blocks do not fit."""
-        lengths = tuple(lengths) or self.shape
+        lengths = self._seen(lengths or self.shape)
         block = self.block
         if block & (block - 1) or block > LARGEST_BLOCK or math.prod(lengths) >= 2**31:
             return None
+        if block > 1 and self.axis != self.axes[-2:][0]:
+            return None
         last_axes = (_triton_tile if platform == "cuda" else _mosaic_tile)(lengths, block)
-        return last_axes and (*(1 for _ in self.shape[:-2]), *last_axes)
+        return last_axes and (*(1 for _ in lengths[:-2]), *last_axes)
 
     def launch(
         self,
@@ -92,7 +103,7 @@ class Kernel:
           tile_shape: what the method of this name gives.
           scalars: one for each of `scalars`.
           arrays: one for each of `reads`.
-          offset: one int32 for each axis of the leaf; None for the whole leaf.
+          offset: one int32 for each of `axes`; None for the whole leaf.
         """
         backend = importlib.import_module(f"jax.experimental.pallas.{BACKENDS[platform]}")
         numbers = [jnp.reshape(x.astype(np.int32) if x.dtype == bool else x, (1,)) for x in scalars]
@@ -104,9 +115,11 @@ class Kernel:
         else:
             memory_of_numbers = {}
             compiler_params = backend.CompilerParams(num_warps=8)
-        lengths = next(
+        whole = next(
             x.shape for v, x in zip(self.reads, arrays, strict=True) if v.shape == self.shape
         )
+        lengths, varying = self._seen(whole), _varying(arrays[0])
+        arrays = [x.reshape(self._seen(x.shape)) for x in arrays]
 
         def on_tile(*refs):
             """Pallas gives the references of all operands, then those of all results."""
@@ -114,7 +127,7 @@ class Kernel:
             tile = Tile(
                 shape=tile_shape,
                 index=[pl.program_id(axis) for axis in range(len(tile_shape))],
-                leaf_shape=self.shape,
+                leaf_shape=self._seen(self.shape),
                 lengths=lengths,
                 offset=None if offset is None else number_refs[-1],
             )
@@ -132,7 +145,6 @@ class Kernel:
             for n, value in enumerate(self.writes)
             if value in self.replaces
         }
-        varying = _varying(arrays[0])
         blocks = functools.partial(self._block_spec, tile_shape)
         kernel = pl.pallas_call(
             on_tile,
@@ -147,7 +159,7 @@ class Kernel:
             ],
             out_specs=list(map(blocks, self.writes)),
             out_shape=[
-                jax.ShapeDtypeStruct(self.shape_of(v, lengths), v.dtype, **varying)
+                jax.ShapeDtypeStruct(self._part_of(v, lengths), v.dtype, **varying)
                 for v in self.writes
             ],
             input_output_aliases=aliases,
@@ -155,11 +167,14 @@ class Kernel:
             compiler_params=compiler_params,
             name="adam_jax",
         )
-        return tuple(kernel(*numbers, *arrays))
+        results = kernel(*numbers, *arrays)
+        return tuple(
+            x.reshape(self.shape_of(v, whole)) for v, x in zip(self.writes, results, strict=True)
+        )
 
     def _block_spec(self, tile_shape: tuple[int, ...], value: Value) -> pl.BlockSpec:
         """The part of an array that belongs to a tile, without leading axes of length 1."""
-        shape = self.shape_of(value, tile_shape)
+        shape = self._part_of(value, tile_shape)
         squeezed = (None,) * max(len(shape) - 2, 0)
         return pl.BlockSpec((*squeezed, *shape[-2:]), lambda *index: index)
 
@@ -168,7 +183,7 @@ class Kernel:
 
         Triton reads and writes beyond the leaf unless it is told not to. Mosaic does not.
         """
-        shape, lengths = (self.shape_of(value, n)[-2:] for n in (tile.shape, tile.lengths))
+        shape, lengths = (self._part_of(value, n)[-2:] for n in (tile.shape, tile.lengths))
         index = tile.index[-2:]
         masks = [
             index[a] * n + jax.lax.broadcasted_iota(jnp.int32, shape, a) < lengths[a]
@@ -183,7 +198,7 @@ class Kernel:
             (result,) = equation.outputs
             operation, inputs = equation.tile_operation, []
             for x in equation.inputs:
-                shape = self.shape_of(x if operation else result, tile.shape)[-2:]
+                shape = self._part_of(x if operation else result, tile.shape)[-2:]
                 inputs.append(_as_array(known[x] if isinstance(x, Value) else x, x, shape))
             if operation:
                 known[result] = operation.on_tile(tile, *inputs, **equation.params)

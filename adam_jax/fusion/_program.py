@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from adam_jax._numerics import SMALL
 from adam_jax.fusion._graph import TYPES, DisjointSets, Equation, Value, inlined
 from adam_jax.fusion._kernel import Kernel
-from adam_jax.fusion._tiles import block_axis
+from adam_jax.fusion._tiles import wide_axes
 
 DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 
@@ -72,7 +72,7 @@ class Program:
         used = [v for equation in body for v in equation.inputs if isinstance(v, Value)]
         used = list(dict.fromkeys(v for v in used if v not in made))
         reads = [v for v in used if v not in self.uniform]
-        block_of = self._block_lengths(gradient, body)
+        axis, block_of = self._blocks(gradient, body)
         kernel = Kernel(
             shape=gradient.shape,
             gradient=gradient,
@@ -87,6 +87,7 @@ class Program:
                 if isinstance(result, Value) and result in made and argument in reads
                 if (argument.shape, argument.dtype) == (result.shape, result.dtype)
             },
+            axis=axis,
             block_of={v: block_of.get(self.same_shape.find(v), 1) for v in (*made, *used)},
         )
         for equation in body:
@@ -96,8 +97,12 @@ class Program:
                     equation.refuse()
         return kernel
 
-    def _block_lengths(self, gradient: Value, body: list[Equation]) -> dict[Value, int]:
-        """How many elements share one, for what stands for a set of arrays of the same shape."""
+    def _blocks(self, gradient: Value, body: list[Equation]) -> tuple[int | None, dict[Value, int]]:
+        """The axis that blocks lie along, and how many elements share one.
+
+        The latter for what stands for a set of arrays of the same shape.
+        """
+        axes: list[int | None] = []
         lengths: dict[Value, int] = {}
         for equation in body:
             operation = equation.tile_operation
@@ -106,11 +111,12 @@ class Program:
                     equation.refuse()
                 continue
             (value,) = equation.outputs if operation.shared == "output" else equation.inputs
-            axis, length = equation.params["axis"], equation.params["block"]
+            axes.append(equation.params["axis"])
+            length = equation.params["block"]
             known = lengths.setdefault(self.same_shape.find(value), length)
-            if axis != block_axis(gradient.shape) or known != length:
+            if axes[0] != axes[-1] or known != length:
                 equation.refuse()
-        return lengths
+        return axes[0] if axes else wide_axes(gradient.shape)[-2:][0], lengths
 
     def is_uniform(self, value: Any) -> bool:
         return value in self.uniform if isinstance(value, Value) else np.ndim(value) == 0

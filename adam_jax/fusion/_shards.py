@@ -35,13 +35,11 @@ def launch_on_shards(
 
     def on_shard(mesh, spec) -> Callable[..., Any]:
         mesh_axes, lengths = _shard(kernel, mesh, spec)
+        along = [(mesh_axes[axis], lengths[axis]) for axis in kernel.axes]
         shard_tile = kernel.tile_shape(platform, lengths) or tile_shape
 
         def run(*operands):
-            offset = [
-                jax.lax.axis_index(names) * length if names else 0
-                for names, length in zip(mesh_axes, lengths, strict=True)
-            ]
+            offset = [jax.lax.axis_index(names) * length if names else 0 for names, length in along]
             scalars, arrays = operands[:scalar_count], operands[scalar_count:]
             return kernel.launch(
                 platform, interpret, shard_tile, scalars, arrays, jnp.asarray(offset, jnp.int32)
@@ -114,9 +112,8 @@ def _sharding_rule(kernel: Kernel, scalar_count: int) -> str:
     """Which axes of operands and results are the same, by which XLA propagates shardings."""
 
     def axes(value):
-        names = [f"a{axis}" for axis in range(len(kernel.shape))]
-        names[kernel.axis] += f"b{kernel.block_of.get(value, 1)}"
-        return " ".join(names)
+        suffix = {kernel.axis: f"b{kernel.block_of.get(value, 1)}"}
+        return " ".join(f"a{axis}{suffix.get(axis, '')}" for axis in range(len(kernel.shape)))
 
     operands = [""] * scalar_count + [axes(value) for value in kernel.reads]
     return f"{', '.join(operands)} -> {', '.join(map(axes, kernel.writes))}"

@@ -17,7 +17,7 @@ inside each shard, and only those maxima are gathered where the blocks cross the
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,9 +27,10 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from adam_jax.sharding import in_one_part, parts_of_axis
+from adam_jax.sharding import in_one_part, parts_of_axis, reshaped
 
 PIECE = 8  # the rows of a TPU's tile
+SHORTEST = 12  # elements of an axis: blocks of fewer would be mostly scales
 
 # --- One equation with two forms ------------------------------------------------------------------
 
@@ -38,7 +39,8 @@ PIECE = 8  # the rows of a TPU's tile
 class Tile:
     """The tile of a leaf that a kernel works on.
 
-    Arrays of a tile have its last two axes, or its only one, so blocks lie along their axis 0.
+    A kernel sees a leaf without its axes of length 1. Arrays of a tile have the last two of the
+    others, or the only one, so blocks lie along their axis 0.
 
     Attributes:
       shape: the shape of the tile.
@@ -56,23 +58,43 @@ class Tile:
 
     def padded(self, x: Any) -> Any:
         """Zeros behind the last row of the leaf, as `split` pads with."""
-        axis, rows = block_axis(self.lengths), len(x)
+        axis, rows = max(len(self.lengths) - 2, 0), len(x)
         if self.lengths[axis] % rows == 0:
             return x
         row = self.index[axis] * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
         return jnp.where(row < self.lengths[axis], x, jnp.zeros_like(x))
 
 
-def block_axis(shape: tuple[int, ...]) -> int:
-    """The axis that blocks lie along: the second-to-last, of a vector its only one."""
-    return max(len(shape) - 2, 0)
+def wide_axes(shape: tuple[int, ...]) -> list[int]:
+    """The axes longer than 1; at least one."""
+    return [axis for axis, length in enumerate(shape) if length > 1] or [0]
+
+
+def block_axis(shape: tuple[int, ...]) -> int | None:
+    """The axis that blocks lie along; None where all elements are one vector.
+
+    Of the axes longer than 1 it is the second-to-last, of a vector the only one. Where that is
+    short, blocks lie along the longest axis, and where all are short, along none.
+    """
+    axis = wide_axes(shape)[-2:][0]
+    if shape and shape[axis] < SHORTEST:
+        axis = shape.index(max(shape))
+    return axis if shape and shape[axis] >= SHORTEST else None
+
+
+def in_blocks(shape: Sequence[int], axis: int | None, block: int) -> tuple[int, ...]:
+    """The shape of what has one element for each block of a leaf of this shape."""
+    if axis is None and block > 1:
+        return (-(-math.prod(shape) // block), *[1] * (len(shape) - 1))
+    return tuple(-(-length // block) if a == axis else length for a, length in enumerate(shape))
 
 
 class TileOperation:
-    """A function of an array and integers as one equation: a JAX primitive.
+    """A function of an array as one equation: a JAX primitive.
 
     Arguments other than the array are the equation's parameters. `axis` and `block` say that a
-    block of elements along an axis shares one element of the input or of the output.
+    block of elements along an axis shares one element of the input or of the output. `axis` is what
+    `block_axis` gives for the leaf, and `shape` is the shape of the leaf.
 
     Args:
       on_leaf: the function.
@@ -93,23 +115,23 @@ class TileOperation:
         ad.primitive_jvps[self.primitive] = self._jvp
         functools.update_wrapper(self, on_leaf)
 
-    def __call__(self, x: jax.Array, *integers: int) -> jax.Array:
-        return self.primitive.bind(x, **dict(zip(self.parameters, integers, strict=True)))
+    def __call__(self, x: jax.Array, *parameters: Any) -> jax.Array:
+        return self.primitive.bind(x, **dict(zip(self.parameters, parameters, strict=True)))
 
     def for_tile(self, on_tile: Callable[..., Any]) -> Callable[..., Any]:
         """A decorator: `on_tile(tile, x, **parameters)` is the form for a tile."""
         self.on_tile = on_tile
         return on_tile
 
-    def _type(self, x: Any, **parameters: int) -> Any:
+    def _type(self, x: Any, **parameters: Any) -> Any:
         on_leaf = functools.partial(self.on_leaf, **parameters)
         return jax.make_jaxpr(on_leaf)(x).out_avals[0]
 
-    def _batched(self, inputs: Any, axes: Any, **parameters: int) -> tuple[Any, int]:
+    def _batched(self, inputs: Any, axes: Any, **parameters: Any) -> tuple[Any, int]:
         on_leaf = functools.partial(self.on_leaf, **parameters)
         return jax.vmap(on_leaf, axes)(*inputs), 0
 
-    def _jvp(self, primals: Any, tangents: Any, **parameters: int) -> tuple[Any, Any]:
+    def _jvp(self, primals: Any, tangents: Any, **parameters: Any) -> tuple[Any, Any]:
         on_leaf = functools.partial(self.on_leaf, **parameters)
         return jax.jvp(on_leaf, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
@@ -163,7 +185,7 @@ def _stride(shape: tuple[int, ...], axis: int) -> np.uint32:
 
 
 @tile_operation(shared="output")
-def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
+def largest(x: jax.Array, axis: int | None, block: int) -> jax.Array:
     """The largest magnitude of every block, in bfloat16, rounded up; NaN if a magnitude is NaN.
 
     The maximum is one of integers: the bits of magnitudes have the order of the magnitudes. XLA's
@@ -171,6 +193,7 @@ def largest(x: jax.Array, axis: int, block: int) -> jax.Array:
     float32, which a storage is there to avoid. It fuses a maximum of integers. A maximum of 8 it
     unrolls and vectorizes, a longer one along this axis not.
     """
+    x, axis = (as_vector(x), 0) if axis is None else (x, axis)
     bits = _magnitudes(x)
     rounded_up = lambda bits: ((bits + np.int32(0xFFFF)) >> 16).astype(jnp.int16)  # noqa: E731
     if x.shape[axis] <= block:
@@ -199,25 +222,22 @@ def _magnitudes(x: jax.Array) -> jax.Array:
 
 
 @tile_operation(shared="input")
-def spread(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
+def spread(x: jax.Array, axis: int | None, block: int, shape: tuple[int, ...]) -> jax.Array:
     """One number per block, repeated for each of its elements."""
-    lengths = list(x.shape)
-    if x.shape[axis] == 1:
-        lengths[axis] = length
-        return jnp.broadcast_to(x, lengths)
-    lengths.insert(axis + 1, block)
-    repeated = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), lengths)
-    return jax.lax.slice_in_dim(merged(repeated, axis), 0, length, axis=axis)
+    if axis is None:
+        return of_vector(repeated(x, 0, block, math.prod(shape)), shape)
+    return repeated(x, axis, block, shape[axis])
 
 
 @spread.for_tile
-def _(tile: Tile, x: Any, axis: int, block: int, length: int) -> Any:
+def _(tile: Tile, x: Any, axis: int, block: int, shape: tuple[int, ...]) -> Any:
     return _repeated_rows(x, block).reshape(-1, *x.shape[1:])
 
 
 @tile_operation(shared="output")
-def packed(codes: jax.Array, axis: int, block: int) -> jax.Array:
+def packed(codes: jax.Array, axis: int | None, block: int) -> jax.Array:
     """Blocks of neighbouring codes, one byte for each block: the first code in the lowest bits."""
+    codes, axis = (as_vector(codes), 0) if axis is None else (codes, axis)
     shifted = split(codes, axis, block) << _shifts(codes.ndim, axis, block)
     return jax.lax.reduce(shifted, np.uint8(0), jax.lax.bitwise_or, [axis + 1])
 
@@ -230,15 +250,18 @@ def _(tile: Tile, codes: Any, axis: int, block: int) -> Any:
 
 
 @tile_operation(shared="input")
-def unpacked(codes: jax.Array, axis: int, block: int, length: int) -> jax.Array:
-    """The first `length` codes of the axis that `packed` has packed."""
+def unpacked(codes: jax.Array, axis: int | None, block: int, shape: tuple[int, ...]) -> jax.Array:
+    """The codes of a leaf of this shape that `packed` has packed."""
+    if axis is None:
+        vector = (math.prod(shape), *[1] * (codes.ndim - 1))
+        return of_vector(unpacked.on_leaf(codes, axis=0, block=block, shape=vector), shape)
     shifted = jnp.expand_dims(codes, axis + 1) >> _shifts(codes.ndim, axis, block)
     codes = merged(shifted & (2 ** (8 // block) - 1), axis)
-    return jax.lax.slice_in_dim(codes, 0, length, axis=axis)
+    return jax.lax.slice_in_dim(codes, 0, shape[axis], axis=axis)
 
 
 @unpacked.for_tile
-def _(tile: Tile, codes: Any, axis: int, block: int, length: int) -> Any:
+def _(tile: Tile, codes: Any, axis: int, block: int, shape: tuple[int, ...]) -> Any:
     shifted = _repeated_rows(codes.astype(jnp.int32), block)
     shifted = shifted >> _shifts_of_tile(shifted.shape)
     unpacked = shifted & np.int32(2 ** (8 // block) - 1)
@@ -290,6 +313,28 @@ def mean(x: jax.Array, axis: int, block: int) -> jax.Array:
     if (block // few) % parts_of_axis(x, axis):
         return plain(x)
     return jax.lax.platform_dependent(x, cpu=of_complex, default=plain)
+
+
+def repeated(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
+    """Every element of an axis `block` times, and of that the first `length`."""
+    lengths = list(x.shape)
+    if x.shape[axis] == 1:
+        lengths[axis] = length
+        return jnp.broadcast_to(x, lengths)
+    lengths.insert(axis + 1, block)
+    each = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), lengths)
+    return jax.lax.slice_in_dim(merged(each, axis), 0, length, axis=axis)
+
+
+def as_vector(x: jax.Array) -> jax.Array:
+    """All elements along the first axis, the others of length 1; sharded as the first one is."""
+    x = in_one_part(x, *range(1, x.ndim))
+    return reshaped(x, (x.size, *[1] * (x.ndim - 1)))
+
+
+def of_vector(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The array that `as_vector` was made of."""
+    return reshaped(in_one_part(x, 0) if shape[0] % parts_of_axis(x, 0) else x, shape)
 
 
 def split(x: jax.Array, axis: int, block: int) -> jax.Array:

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 
 from adam_jax._checks import check_count, check_seed
 from adam_jax._random import uniform
-from adam_jax.fusion._tiles import block_axis, largest, packed, spread, unpacked
-from adam_jax.storage._protocol import Storage
+from adam_jax.fusion._tiles import block_axis, in_blocks, largest, packed, spread, unpacked
+from adam_jax.storage._protocol import Leaf, Storage
 
 
 class Blocks(NamedTuple):
-    """Moments as codes of 8 or 4 bits, in blocks along the second-to-last axis.
+    """Moments as codes of 8 or 4 bits, in blocks along an axis: see `int8`.
 
     Attributes:
       codes: the elements. 8-bit codes have the shape of the leaf; of 4-bit codes two neighbours
-        share a byte.
+        along the axis share a byte.
       scales: one bfloat16 per block: the largest magnitude in the block, rounded up.
       whole: the leaves that are not kept in codes.
     """
@@ -38,10 +38,17 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
     down at random, so that they are unbiased: rounded to nearest, a second moment with
     :math:`b_2 = 0.999` stalls.
 
-    Blocks lie along the second-to-last axis of a leaf (the only axis of a vector); the last block
-    may be partial. On a mesh there is no communication if that axis is not sharded, or if the
-    shard's length is a multiple of `block`. Otherwise the codes stay sharded, the scales are
-    replicated, and each step gathers the maxima of pieces of 8 elements.
+    Blocks lie along the second-to-last axis of a leaf (the only axis of a vector), where axes of
+    length 1 do not count; the last block may be partial. Where that axis is shorter than 12 they
+    lie along the longest axis: for a patch embedding (16, 16, 3, 768) the last, for convolutions
+    (512, 512, 3, 3) the first. Where all are shorter the leaf is one vector, in row-major order. So
+    every leaf keeps less than 1.2 bytes per parameter (`int4` 0.7), and a placeholder of at most a
+    64th of its elements.
+
+    On a mesh there is no communication if that axis is not sharded, or if the shard's length is a
+    multiple of `block`. Otherwise the codes stay sharded, the scales are replicated, and each step
+    gathers the maxima of pieces of 8 elements. A leaf that is one vector is gathered, unless only
+    its first axis is sharded.
 
     A NaN affects its element only: that element of m stays NaN, as in float32. An infinite v makes
     the updates of its block 0, as it makes those of its element 0 in float32.
@@ -107,6 +114,16 @@ def int4(block: int = 64, seed: int = 0) -> Storage:
     return _in_blocks(4, check_count("block", block, multiple_of=2), check_seed(seed))
 
 
+def _axis(leaf: Leaf, block: int) -> int | None:
+    """The axis of the blocks: the one in the state, since the shape of a shard may say another."""
+    own, scales = block_axis(leaf.shape), getattr(leaf.stored, "scales", None)
+    if scales is not None:
+        for axis in (own, *range(len(leaf.shape))):
+            if in_blocks(leaf.shape, axis, block) == scales.shape:
+                return axis
+    return own
+
+
 def _in_blocks(bits: int, block: int, seed: int) -> Storage:
     # A code stands for a level, the root of a moment over its scale in steps of 1 / levels:
     # level = code + lowest.
@@ -117,7 +134,7 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
     dtype = {"mu": jnp.int8 if bits == 8 else jnp.uint8, "nu": jnp.uint8}
 
     def save(moment, leaf):
-        axis, most = block_axis(leaf.shape), levels[leaf.moment]
+        axis, most = _axis(leaf, block), levels[leaf.moment]
         x = moment.astype(jnp.float32)
         # A NaN must not become the scale of its block, nor must an infinite first moment: both have
         # the code for NaN. A second moment has none, and its first moment tells of the NaN. An
@@ -126,7 +143,7 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
         x = jnp.where(valid, x, 0)
         scales = largest(x, axis, block)
         inverse = 1 / jnp.where(scales == 0, 1, scales).astype(jnp.float32)
-        square = jnp.abs(x) * spread(inverse, axis, block, leaf.shape[axis])
+        square = jnp.abs(x) * spread(inverse, axis, block, leaf.shape)
         # Up with the probability (square * most**2 - below**2) / ((below + 1)**2 - below**2), which
         # makes the mean of what is loaded the moment.
         below = jnp.floor(jnp.sqrt(square) * most)
@@ -141,14 +158,14 @@ def _in_blocks(bits: int, block: int, seed: int) -> Storage:
         return Blocks(codes if bits == 8 else packed(codes, axis, 8 // bits), scales)
 
     def load(stored, leaf):
-        axis, codes = block_axis(leaf.shape), stored.codes
+        axis, codes = _axis(leaf, block), stored.codes
         if bits < 8:
-            codes = unpacked(codes, axis, 8 // bits, leaf.shape[axis])
+            codes = unpacked(codes, axis, 8 // bits, leaf.shape)
         level = codes.astype(jnp.float32) + lowest[leaf.moment]
         if leaf.moment == "mu":
             level = jnp.where(level == nan_level, jnp.nan, level)
         root = level * (1 / levels[leaf.moment])
         scales = stored.scales.astype(jnp.float32)
-        return jnp.abs(root) * root * spread(scales, axis, block, leaf.shape[axis])
+        return jnp.abs(root) * root * spread(scales, axis, block, leaf.shape)
 
     return Storage(save, load, parts=Blocks)

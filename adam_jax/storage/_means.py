@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,15 +30,17 @@ class Factors(NamedTuple):
 def factored() -> Storage:
     r"""Keep the row and column means of the second moment.
 
-    .. math:: v_{ij} \approx R_i C_j / \operatorname{mean}(R)
+    .. math:: v_{ij} \approx R_i C_j / \operatorname{mean}(C)
 
     where :math:`R` and :math:`C` are the means along the two largest axes. Saving is linear and
     ``save(load(x)) == x``, so what is kept is exactly Adafactor's estimate. The step itself uses
     the moment before it is saved, in which the squares of this step's gradient are not averaged.
     To average those too, as Adafactor does, give a rule that averages (see `block_mean`).
 
-    An infinite v makes the updates of its row 0, as it makes those of its element 0 in float32; the
-    other rows do not change. Inside `jax.shard_map` the means are those of a shard.
+    A row with an infinite or NaN v, or with one so large that a sum could overflow, is stopped: v
+    is infinite there from then on, which makes updates 0. The means of the other rows stay as they
+    are. In float32 one element is lost so; a NaN gradient stays in m, of its element only. Inside
+    `jax.shard_map` the means are those of a shard.
 
     Returns:
       A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
@@ -60,25 +61,27 @@ def factored() -> Storage:
 
     def save(moment, leaf):
         second, largest = largest_axes(leaf.shape)
-        rows = _tiles.mean(moment, largest, leaf.shape[largest])
-        # An infinite square counts in the mean of its row only. With an infinite mean of its column
-        # it would be loaded in every row, and after the next step all rows would be infinite.
-        columns = _tiles.mean(_finite(moment), second, leaf.shape[second])
+        # A number that is infinite, NaN, or so large that a sum could overflow makes its row
+        # infinite. In the mean of its column it would make all rows so in the next step.
+        counts = moment <= jnp.finfo(moment.dtype).max / leaf.size
+        rows = _tiles.mean(jnp.where(counts, moment, jnp.inf), largest, leaf.shape[largest])
+        columns = _tiles.mean(jnp.where(counts, moment, 0), second, leaf.shape[second])
         return Factors(rows, columns)
 
     def load(stored, leaf):
-        second, _ = largest_axes(leaf.shape)
-        mean = jnp.mean(_finite(stored.rows), axis=second, keepdims=True)
-        return stored.rows * (1 / jnp.where(mean == 0, 1, mean)) * stored.columns
+        _, largest = largest_axes(leaf.shape)
+        # The mean of the rows would lack those that are infinite, whose last numbers the columns
+        # may still have: the other rows would be too large.
+        mean = jnp.mean(stored.columns, axis=largest, keepdims=True)
+        goes_on = stored.rows < jnp.inf
+        rows = jnp.where(goes_on, stored.rows, 0)
+        moment = rows * (stored.columns * (1 / jnp.where(mean == 0, 1, mean)))
+        return jnp.where(goes_on, moment, jnp.inf)
 
     def fits(leaf):
         return is_large(leaf) and sum(length > 1 for length in leaf.shape) > 1
 
     return Storage(save, load, fits, only="nu", parts=Factors)
-
-
-def _finite(moment: jax.Array) -> jax.Array:
-    return jnp.where(moment == jnp.inf, 0, moment)
 
 
 def transformer_blocks(
@@ -167,7 +170,7 @@ def block_mean(
 
     def load(stored, leaf):
         for axis, length in enumerate(blocks(leaf.path, leaf.shape) or ()):
-            stored = _tiles.spread(stored, axis, length, leaf.shape[axis])
+            stored = _tiles.repeated(stored, axis, length, leaf.shape[axis])
         return jnp.broadcast_to(stored, leaf.shape)
 
     def fits(leaf):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -28,6 +28,8 @@ class Leaf:
       dtype: the dtype the moment is computed in: at least float32, real for "nu".
       index: the number of the leaf in the tree.
       count: the number of steps taken so far, an int32 scalar.
+      stored: in a step, what the state keeps of this moment; None in `init`. Inside `jax.shard_map`
+        its shapes tell what the shape of a shard does not.
     """
 
     moment: str
@@ -36,6 +38,7 @@ class Leaf:
     dtype: Any
     index: int
     count: Any = 0
+    stored: Any = field(default=None, repr=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -141,6 +144,18 @@ def only_first(dtype: Any) -> str | None:
     return "mu" if jnp.finfo(dtype).nexp < 8 else None
 
 
+def _nothing(leaf: Leaf) -> jax.Array:
+    """A placeholder of at most 64 elements, or a 64th of the leaf's.
+
+    More axes of 64 would make it as large as the leaf, so specs fit it on fewer devices then.
+    """
+    for devices in (64, 32, 16, 8, 4, 2, 1):
+        lengths = tuple(math.gcd(length, devices) for length in leaf.shape)
+        if math.prod(lengths) <= max(leaf.size // 64, 64):
+            break
+    return placeholder(lengths)
+
+
 # What moments start from while `from_optax` makes a state, by stage and moment, and by the path of
 # the parameter; others start as ever. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
@@ -207,7 +222,7 @@ class Slot(NamedTuple):
                 parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
             else:
                 parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
-            return [as_param(placeholder(leaf.shape) if x is None else x, param) for x in parts]
+            return [as_param(_nothing(leaf) if x is None else x, param) for x in parts]
 
         return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
 
@@ -223,7 +238,9 @@ class Slot(NamedTuple):
         def load(parts, leaf):
             try:
                 whole = self._is_whole(parts, leaf)
-                moment = parts[-1] if whole else self.storage.load(self._of_parts(parts), leaf)
+                kept = self._of_parts(parts)
+                leaf = replace(leaf, stored=kept)
+                moment = parts[-1] if whole else self.storage.load(kept, leaf)
                 fits = moment.shape == leaf.shape
                 fits = fits and (moment.dtype.kind == "c") == (leaf.dtype.kind == "c")
             except (AttributeError, TypeError, ValueError) as error:
@@ -235,7 +252,7 @@ class Slot(NamedTuple):
         def save(parts, leaf, moment):
             if self._is_whole(parts, leaf):
                 return [*parts[:-1], moment.astype(accumulator(parts[-1].dtype))]
-            saved = self._saved(moment, leaf)
+            saved = self._saved(moment, replace(leaf, stored=self._of_parts(parts)))
             saved = [old if new is None else new for new, old in zip(saved, parts, strict=True)]
             for new, old in zip(saved, parts, strict=True):
                 converted = new.dtype == old.dtype or jnp.issubdtype(old.dtype, jnp.inexact)
@@ -355,10 +372,10 @@ class Slot(NamedTuple):
             if kind(part) != kind(None) and part.dtype.kind != "b"
         )
         moment = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        due: list[Any] = [*[placeholder(leaf.shape)] * (len(self._names) - 1), moment]
+        due: list[Any] = [*[_nothing(leaf)] * (len(self._names) - 1), moment]
         if self.storage.fits(leaf):
             saved = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
-            due = [placeholder(leaf.shape) if part is None else part for part in saved]
+            due = [_nothing(leaf) if part is None else part for part in saved]
         return ValueError(
             f"{self.stage} got gradients that do not match its state: of the leaf at {leaf.path!r} "
             f"the state keeps {self.moment} as {described(parts)}, and for a gradient of shape "
