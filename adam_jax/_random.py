@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adam_jax.fusion._tiles import positions
+from adam_jax.sharding import varying_axes
 
 
 def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -> jax.Array:
@@ -16,10 +17,12 @@ def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -
     The bits are a hash of the seed, the name of what is rounded, the leaf's index in its tree, the
     step count and the element's position. Each element computes its own, so they do not depend on
     the sharding. (Those of jax.random do not either, but threefry is made to withstand attacks, and
-    takes fifteen times as long as the whole step.)
+    takes fifteen times as long as the whole step.) Inside `jax.shard_map` a position is that in the
+    shard, and every shard has a key of its own.
     """
     key = 0
-    for part in (seed, zlib.crc32(name.encode()), index, count):
+    shard = [jax.lax.axis_index(axis) for axis in varying_axes(like)]
+    for part in (seed, zlib.crc32(name.encode()), index, count, *shard):
         part = part % 2**32 if isinstance(part, int) else part.astype(jnp.uint32)
         key = _hash(_sum(key, part, 0x9E3779B9))  # a constant is added, because 0 is hashed to 0
     return _hash(positions(like) + jnp.asarray(key, jnp.uint32))

@@ -13,6 +13,7 @@ from adam_jax._checks import check_bool, check_hyperparameter, check_scalar
 from adam_jax._jit import once
 from adam_jax._numerics import Rate, Scalar, as_count, increment, scalar
 from adam_jax.average import Average, mixed, no_weights, step_weights
+from adam_jax.sharding import over_shards
 from adam_jax.signal import Moments, map_moments, stateless
 from adam_jax.storage._protocol import Slot, StorageLike
 
@@ -468,6 +469,6 @@ def _agreeing(moments: Moments) -> Moments:
     mu = moments.mu.value
     product = jnp.real(jnp.conj(mu) * moments.grad.astype(mu.dtype))
     agrees = (product > 0).astype(product.dtype)
-    share = jnp.mean(agrees) if mu.size else 1.0
+    share = over_shards(jax.lax.pmean, jnp.mean(agrees), mu) if mu.size else 1.0
     scale = agrees / jnp.maximum(share, 1e-3)
     return moments._replace(mu=moments.mu.with_value(mu * scale.astype(mu.dtype)))

@@ -26,12 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax._checks import NOTHING, check_match, check_seed, kind
+from adam_jax._checks import check_seed
 from adam_jax._numerics import as_count, increment
-from adam_jax._ownership import at, leaves_by_path
+from adam_jax._ownership import at, is_placeholder, leaves_by_path, placeholder
 from adam_jax._random import random_bits, rounded_at_random
-from adam_jax.signal import check_updates, map_updates
-from adam_jax.updates import CountState
+from adam_jax.signal import map_updates
+from adam_jax.updates import CountState, params_like
 
 
 def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs:
@@ -40,7 +40,8 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
     .. math:: q = \lfloor p + u \rfloor \text{ or } \lceil p + u \rceil, \qquad E[q] = p + u
 
     The random bits are a function of the seed, the step count and the leaf's index in the tree, so
-    a run can be repeated, on one device or on many.
+    a run can be repeated, on one device or on many. Inside `jax.shard_map` every shard draws bits
+    of its own.
 
     Args:
       seed: an integer, the seed of the random bits. Default 0.
@@ -74,9 +75,9 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_updates("round_stochastically", updates, params)
+        params = params_like("round_stochastically", updates, params)
         count = as_count(state.count)
-        leaves, structure = jax.tree.flatten(params)
+        leaves, structure = jax.tree.flatten(updates)
         indices = jax.tree.unflatten(structure, range(len(leaves)))
 
         def rounded(update, param, index):
@@ -96,8 +97,8 @@ class CompensateState(NamedTuple):
     """The state of `compensate`.
 
     Attributes:
-      residual: the exact values minus the parameters, a tree shaped like the parameters; None for
-        parameters of at least 32 bits.
+      residual: the exact values minus the parameters, a tree shaped like the parameters; False, a
+        placeholder with as many axes, for parameters of at least 32 bits.
     """
 
     residual: optax.Params
@@ -144,7 +145,12 @@ def compensate(
 
     def init_fn(params):
         _check_params("compensate", params)
-        zero = lambda p: jnp.zeros_like(p, dtype=residual) if _is_low(p) else None  # noqa: E731
+
+        def zero(param):
+            if _is_low(param):
+                return jnp.zeros_like(param, dtype=residual)
+            return placeholder(jnp.shape(param))
+
         return CompensateState(jax.tree.map(zero, params))
 
     def save(error, param):
@@ -162,13 +168,13 @@ def compensate(
         return _wide(param) + (_wide(update) + load(saved, param))
 
     def rounded_update(update, param, saved):
-        if saved is None:
+        if not _is_low(param):
             return update
         return _update_to(exact(update, param, saved).astype(param.dtype), param)
 
     def next_residual(update, param, saved):
-        if saved is None:
-            return None
+        if not _is_low(param):
+            return saved
         new_exact = exact(update, param, saved)
         new = new_exact.astype(param.dtype)
         error = new_exact - _wide(new)
@@ -177,7 +183,7 @@ def compensate(
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        _check_updates("compensate", updates, params)
+        params = params_like("compensate", updates, params)
         _check_residual(state.residual, params)
         trees = updates, params, state.residual
         rounded = map_updates("compensate", rounded_update, *trees)
@@ -227,22 +233,26 @@ def _check_params(stage: str, params: optax.Params) -> None:
             )
 
 
-def _check_updates(stage: str, updates: optax.Updates, params: optax.Params | None) -> None:
-    check_updates(stage, updates)
-    if params is None:
-        raise ValueError(f"{stage} needs the parameters: pass params to update().")
-    check_match(stage, params, updates)
-
-
 def _check_residual(residuals: Any, params: Any) -> None:
-    """Low-precision parameters have a residual of their shape, the others have none."""
-    residual_at = leaves_by_path(residuals)
-    for path, param in leaves_by_path(params).items():
-        residual = residual_at.get(path, NOTHING)
-        needs_one = param is not None and _is_low(param)
-        if kind(residual) != kind(param if needs_one else None):
+    """A state must be of the parameters that have a gradient now."""
+    residual_at, param_at = leaves_by_path(residuals), leaves_by_path(params)
+    for path in {**residual_at, **param_at}:
+        residual, param = residual_at.get(path), param_at.get(path)
+        if not _is_residual(residual, param):
             raise ValueError(
-                f"compensate got a parameter{at(path)} that is {jnp.result_type(param)} of shape "
-                f"{getattr(param, 'shape', ())}, and a residual that is {kind(residual)}: the "
-                f"state was made for other parameters. Make it anew with init()."
+                f"compensate got a state of other parameters: it keeps {_described(residual)} for "
+                f"the leaf{at(path)}, where {_described(param)} has a gradient now. Make the state "
+                f"anew with init()."
             )
+
+
+def _is_residual(residual: Any, param: Any) -> bool:
+    if residual is None or param is None:
+        return residual is param
+    if not _is_low(param):
+        return is_placeholder(residual)
+    return not is_placeholder(residual) and jnp.shape(residual) == jnp.shape(param)
+
+
+def _described(leaf: Any) -> str:
+    return "nothing" if leaf is None else f"{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}"

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -263,3 +263,25 @@ def as_sharded(x: jax.Array, other: jax.Array) -> jax.Array:
     """The same array sharded as another one is, on a mesh with explicit axes."""
     sharding = explicit(other)
     return x if sharding is None else jax.sharding.reshard(x, sharding)
+
+
+# --- Inside jax.shard_map -------------------------------------------------------------------------
+
+
+def over_shards(reduce: Callable[[jax.Array, Any], jax.Array], part: Any, leaf: jax.Array) -> Any:
+    """`reduce`, such as `jax.lax.psum`, of what each device computed of its shard of a leaf."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if manual and not varying_axes(jax.lax.axis_index(manual[0])):
+        raise ValueError(
+            "A sum over a leaf needs to know whether the leaf is sharded: give jax.shard_map "
+            "check_vma=True, its default, or call this stage outside of it. (jax.pmap is a "
+            "shard_map with check_vma=False: use jax.jit or jax.shard_map instead.)"
+        )
+    axes = varying_axes(leaf)
+    return reduce(part, axes) if axes else part
+
+
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
+    """The axes of the mesh along which devices hold different values, by the type of `x`."""
+    kind: Any = jax.typeof(x)
+    return tuple(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)

@@ -50,6 +50,7 @@ from adam_jax._numerics import accumulator, as_count, increment, real, safe_divi
 from adam_jax._ownership import at, leaves_by_path
 from adam_jax._random import random_bits
 from adam_jax.optimizers import adam
+from adam_jax.sharding import over_shards
 from adam_jax.signal import check_updates, params_of
 from adam_jax.updates import CountState
 
@@ -78,7 +79,8 @@ def gram(grads: optax.Updates) -> jax.Array:
     """
     leaves = jax.tree.leaves(grads)
     dtype = functools.reduce(wider, [real(accumulator(leaf.dtype)) for leaf in leaves])
-    return sum(_over_shards(once(_products, leaf), leaf).astype(dtype) for leaf in leaves)  # type: ignore
+    products = [over_shards(jax.lax.psum, once(_products, leaf), leaf) for leaf in leaves]
+    return functools.reduce(operator.add, [each.astype(dtype) for each in products])
 
 
 def _products(leaf: jax.Array) -> jax.Array:
@@ -86,25 +88,6 @@ def _products(leaf: jax.Array) -> jax.Array:
     leaf = leaf.astype(accumulator(leaf.dtype))
     products = jnp.real(jnp.conj(leaf[:, None]) * leaf[None])
     return jnp.sum(products, axis=tuple(range(2, products.ndim)))
-
-
-def _over_shards(products: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Inside `jax.shard_map`: the sum over all shards of the leaf."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if manual and not _varying_axes(jax.lax.axis_index(manual[0])):
-        raise ValueError(
-            "The inner products of gradients need to know which leaves are sharded: give "
-            "jax.shard_map check_vma=True, its default, or combine the tasks outside of it. "
-            "(jax.pmap is a shard_map with check_vma=False: use jax.jit or jax.shard_map instead.)"
-        )
-    axes = _varying_axes(leaf)
-    return jax.lax.psum(products, axes) if axes else products
-
-
-def _varying_axes(x: jax.Array) -> tuple[str, ...]:
-    """The axes of the mesh along which devices hold different values, by the type of `x`."""
-    kind: Any = jax.typeof(x)
-    return tuple(kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying)
 
 
 def combine(grads: optax.Updates, weights: jax.Array, params: Any = None) -> optax.Updates:

@@ -29,6 +29,7 @@ from adam_jax._numerics import (
     sqrt,
     wider,
 )
+from adam_jax.sharding import over_shards
 from adam_jax.signal import check_updates, is_leaf, map_updates, params_of
 from adam_jax.storage._protocol import Slot
 
@@ -93,7 +94,7 @@ def scale_by_lr(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfor
 
         def scaled(update, param):
             if param is not None and not _alike(update, param):
-                _params_like("scale_by_lr", updates, params)
+                params_like("scale_by_lr", updates, params)
             return once(_scaled, update, rate)
 
         steps = map_updates("scale_by_lr", scaled, updates, params_of(updates, params))
@@ -156,7 +157,7 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
         if callable(rate):
             count = as_count(state.count)
             now, state = check_scalar("rate", rate(count)), CountState(increment(count))
-        params = _params_like("decay_weights", updates, params)
+        params = params_like("decay_weights", updates, params)
         chosen = _broadcast(mask if fixed else mask(params), updates)  # type: ignore[operator]
 
         def decayed(update, param, chosen):
@@ -204,7 +205,7 @@ def _broadcast(mask: Any, updates: optax.Updates) -> Any:
 # --- Parameters beside their updates --------------------------------------------------------------
 
 
-def _params_like(stage: str, updates: optax.Updates, params: optax.Params | None) -> Any:
+def params_like(stage: str, updates: optax.Updates, params: optax.Params | None) -> Any:
     """The parameters that have an update, each of the shape of its update: none is broadcast."""
     if params is None:
         raise ValueError(f"{stage} needs the parameters: pass params to update().")
@@ -343,7 +344,7 @@ def scale_by_trust_ratio() -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        params = _params_like("scale_by_trust_ratio", updates, params)
+        params = params_like("scale_by_trust_ratio", updates, params)
         rescaled = lambda update, param: once(_rescaled, update, param)  # noqa: E731
         return map_updates("scale_by_trust_ratio", rescaled, updates, params), state
 
@@ -359,7 +360,7 @@ def _rescaled(update: jax.Array, param: jax.Array) -> jax.Array:
 
 
 def _norm(x: jax.Array) -> jax.Array:
-    return sqrt(jnp.sum(jnp.real(x * jnp.conj(x))))
+    return sqrt(over_shards(jax.lax.psum, jnp.sum(jnp.real(x * jnp.conj(x))), x))
 
 
 def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtraArgs:

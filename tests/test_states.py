@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close
+from jax.sharding import PartitionSpec
+from support import assert_close, mesh_of
 from tables import MEMBERS, keeping
 
 import adam_jax
@@ -264,3 +265,47 @@ def test_rows_start_anew():
     fresh, _ = update(GRADS[0]["kernel"], init(table), table)
     chex.assert_trees_all_equal(updates[3], fresh[3])
     assert not np.allclose(updates[2], fresh[2])
+
+
+# --- Inside jax.shard_map -------------------------------------------------------------------------
+
+ON_SHARDS = {
+    "cautious": adam_jax.cautious_adamw(0.01),
+    "trust ratio": adam_jax.lamb(0.01),
+}
+
+
+@pytest.mark.parametrize("name", ON_SHARDS)
+def test_sums_over_a_leaf_are_over_all_its_shards(name):
+    tx, mesh = ON_SHARDS[name], mesh_of("auto", x=8)
+    state = tx.init(PARAMS["kernel"])
+    grads = [g["kernel"] for g in GRADS]
+    rows = PartitionSpec("x")
+    specs = jax.tree.map(lambda leaf: rows if leaf.shape == (64, 80) else PartitionSpec(), state)
+    update = jax.jit(
+        jax.shard_map(tx.update, mesh=mesh, in_specs=(rows, specs, rows), out_specs=(rows, specs))
+    )
+    alone = state
+    for grad in grads:
+        updates, state = update(grad, state, PARAMS["kernel"])
+        expected, alone = jax.jit(tx.update)(grad, alone, PARAMS["kernel"])
+        assert_close(updates, expected, "contracted")
+    untyped = jax.shard_map(
+        tx.update, mesh=mesh, in_specs=(rows, specs, rows), out_specs=(rows, specs), check_vma=False
+    )
+    with pytest.raises(ValueError, match="check_vma=True"):
+        jax.jit(untyped)(grads[0], state, PARAMS["kernel"])
+
+
+def test_shards_draw_bits_of_their_own():
+    tx, mesh = adam_jax.round_stochastically(), mesh_of("auto", x=8)
+    params = jnp.ones((8, 256), jnp.bfloat16)
+    rows = PartitionSpec("x")
+    update = jax.shard_map(
+        lambda u, p: tx.update(u, tx.init(p), p)[0],
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=rows,
+    )
+    updates = np.asarray(jax.jit(update)(jnp.full((8, 256), -1e-3), params))
+    assert len({row.tobytes() for row in updates}) == 8
