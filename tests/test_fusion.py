@@ -31,6 +31,7 @@ from tables import keeping
 
 import adam_jax
 from adam_jax import fusion, storage
+from adam_jax.fusion._graph import ELEMENTWISE
 from adam_jax.fusion._kernel import Kernel
 
 INT8, INT4 = storage.int8(), storage.int4()
@@ -322,6 +323,144 @@ def test_what_a_step_closes_over_and_further_arguments(interpreted):
 
     chex.assert_trees_all_close(step(params, jnp.float32(0.5), jnp.float32(0.5)), 0.75 * params)
     assert kernels
+
+
+# --- Every equation -------------------------------------------------------------------------------
+
+KINDS = ["float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"]
+ROUND = jax.lax.RoundingMethod
+UNARY = [
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bitwise_not", "cbrt", "ceil", "cos",
+    "cosh", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "is_finite", "log", "log1p",
+    "logistic", "neg", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
+]  # fmt: skip
+BINARY = [
+    "add", "atan2", "bitwise_and", "bitwise_or", "bitwise_xor", "div", "eq", "ge", "gt", "le", "lt",
+    "max", "min", "mul", "ne", "nextafter", "pow", "rem", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "sub",
+]  # fmt: skip
+EQUATIONS = {
+    **{name: lambda x, y, name=name: getattr(jax.lax, name)(x) for name in UNARY},
+    **{name: getattr(jax.lax, name) for name in BINARY},
+    **{f"to {d}": lambda x, y, d=d: jax.lax.convert_element_type(x, d) for d in KINDS},
+    **{f"bits of {d}": lambda x, y, d=d: jax.lax.bitcast_convert_type(x, d) for d in KINDS},
+    **{f"power {n}": lambda x, y, n=n: jax.lax.integer_pow(x, n) for n in (-2, 0, 3)},
+    **{how.name: lambda x, y, how=how: jax.lax.round(x, how) for how in ROUND},
+    "clamp": lambda x, y: jax.lax.clamp(jnp.ones_like(x), x, y),
+    "clamp to scalars": lambda x, y: jax.lax.clamp(jnp.ones((), x.dtype), x, y.dtype.type(3)),
+    "reduce_precision": lambda x, y: jax.lax.reduce_precision(x, 5, 3),
+    "select": lambda x, y: jax.lax.select(x < y, x, y),
+    "shift by 3": lambda x, y: jax.lax.shift_left(x, jnp.full_like(x, 3)),
+    "copy": lambda x, y: jnp.copy(x),
+    "optimization_barrier": lambda x, y: jax.lax.optimization_barrier((x, y))[0],
+    "checkpoint": lambda x, y: jax.checkpoint(lambda x: x * x)(x),
+}
+
+
+REFUSED = [("rem", "float32"), ("rem", "bfloat16"), ("nextafter", "bfloat16")]
+REFUSED += [("logistic", "bfloat16"), ("power -2", "bfloat16")]
+
+
+def edge_values(dtype):
+    """Every pair of them, in two arrays."""
+    if dtype == "bool":
+        values = np.array([False, True])
+    elif dtype in ("float32", "bfloat16"):
+        info = jnp.finfo(dtype)
+        signed = [0.0, 0.5, 1.0, 1.5, 2.5, 3.7, 100.7, 300.0, 4e4, 7e4, 2e9, 3e9, 5e9, np.inf]
+        signed += [float(info.max), float(info.tiny), 0.49999997]
+        values = np.array([*signed, *np.negative(signed), np.nan], np.float32).astype(dtype)
+    else:
+        info = jnp.iinfo(dtype)
+        values = [0, 1, 2, 3, 7, 8, 31, 32, 33, 100, info.max - 1, info.max, info.min, info.min + 1]
+        values = np.array([*values, *([-1, -2, -3] if info.min else [])], dtype)
+    pairs = np.stack(np.meshgrid(values, values), -1).reshape(-1, 2)
+    return [jnp.asarray(np.resize(side, (64, 64))) for side in pairs.T]
+
+
+def possible(dtype):
+    """The equations that take the dtype, on a CPU."""
+    x = jax.ShapeDtypeStruct((), dtype)
+    for name, equation in EQUATIONS.items():
+        if dtype == "bool" and "clamp" in name:
+            continue
+        with contextlib.suppress(TypeError, ValueError):
+            out = jax.eval_shape(equation, x, x)
+            if out.shape == () and str(out.dtype) in KINDS:
+                yield name, equation
+
+
+def different(found, due):
+    """A few pairs that are not the same bits; any NaN is as good as another."""
+    assert found.dtype == due.dtype
+    negative = [
+        np.signbit(x) if x.dtype.kind in "fV" else x < 0 for x in map(np.asarray, (found, due))
+    ]
+    found, due = np.asarray(found), np.asarray(due)
+    same = (found == due) & (negative[0] == negative[1]) | (found != found) & (due != due)
+    return list(zip(found[~same][:3].tolist(), due[~same][:3].tolist(), strict=True))
+
+
+def test_the_table_of_equations_is_complete():
+    names = {
+        eqn.primitive.name
+        for dtype in KINDS
+        for _, equation in possible(dtype)
+        for eqn in jax.make_jaxpr(equation)(*2 * [jnp.ones((), dtype)]).eqns
+    }
+    of_complex = {"complex", "conj", "imag", "real"}
+    of_derivatives = {"add_any", "stop_gradient"}
+    assert ELEMENTWISE - of_complex - of_derivatives <= names
+
+
+@each_platform
+@pytest.mark.parametrize("dtype", KINDS)
+def test_every_equation_gives_the_value_of_the_chain(dtype, platform, interpreted):
+    """For every pair of extreme values; all equations of a dtype in one kernel."""
+    kernels = interpreted(platform)
+    x, y = edge_values(dtype)
+    equations = {n: equation for n, equation in possible(dtype) if (n, dtype) not in REFUSED}
+
+    def each(x, y):
+        return {name: equation(x, y) for name, equation in equations.items()}
+
+    found, due = jax.jit(fusion._fused(each, gradients=0))(x, y), jax.jit(each)(x, y)
+    assert kernels
+    wrong = {name: different(found[name], due[name]) for name in equations}
+    assert not any(wrong.values()), {name: pairs for name, pairs in wrong.items() if pairs}
+
+
+@pytest.mark.parametrize(("name", "dtype"), REFUSED)
+def test_equations_that_kernels_compute_otherwise_are_refused(name, dtype, interpreted):
+    interpreted("cuda")
+    x = jnp.ones((64, 64), dtype)
+    mine = optax.stateless(lambda updates, params: EQUATIONS[name](updates, params))
+    with pytest.raises(ValueError, match=r"stateless has the equation .* of .*outside"):
+        jax.jit(adam_jax.fuse(mine).update)(x, mine.init(x), x)
+
+
+@pytest.mark.parametrize(("platform", "name"), [("cuda", "reduce_precision"), ("tpu", "asinh")])
+def test_equations_that_pallas_lacks_are_refused_by_name(platform, name):
+    mine = optax.stateless(partial(jax.tree.map, EQUATIONS[name]))
+    with pytest.raises(ValueError, match=f"Pallas has no kernel for .*: {name}.*outside"):
+        lowered(platform, mine, (64, 128))
+
+
+@each_platform
+def test_checkpoints_and_barriers_in_a_stage_of_ones_own(platform, interpreted):
+    """They are local; a barrier of a whole tree does not make several leaves one."""
+    kernels = interpreted(platform)
+
+    def update(updates, params):
+        updates, params = jax.lax.optimization_barrier((updates, params))
+        return jax.tree.map(jax.checkpoint(lambda u, p: u - 0.1 * jnp.sin(p)), updates, params)
+
+    tx = optax.chain(optax.stateless(update), adam_jax.adam(1e-2))
+    params = random_tree({"a": (64, 64), "b": (70, 128)}, "float32", np.random.default_rng(0))
+    given = params, tx.init(params), params
+    found, due = (jax.jit(step(tx))(*given) for step in (adam_jax.fused_step, plain_step))
+    assert_close(found, due, "contracted")
+    assert len(kernels) == 2
 
 
 # --- What is not local ----------------------------------------------------------------------------

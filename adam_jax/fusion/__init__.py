@@ -1,10 +1,11 @@
 """A chain runs as one kernel for each large leaf, on a GPU and a TPU.
 
-_graph      the equations of a step, read from its jaxpr
-_tiles      operations on blocks, each with a form for a leaf and a form for a tile
-_program    which equations belong into which kernel
-_kernel     the kernel of a leaf, in Pallas
-_shards     the kernels of a sharded leaf
+_graph         the equations of a step, read from its jaxpr
+_tiles         operations on blocks, each with a form for a leaf and a form for a tile
+_program       which equations belong into which kernel
+_kernel        the kernel of a leaf, in Pallas
+_elementwise   equations that a backend lacks, or computes otherwise than XLA
+_shards        the kernels of a sharded leaf
 """
 
 import functools
@@ -19,6 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from adam_jax.fusion import _shards
+from adam_jax.fusion._graph import REMEDY
 from adam_jax.fusion._program import Program
 
 # The platforms with kernels: the platform that the kernels are for, and how Pallas interprets them.
@@ -185,7 +187,13 @@ def _lowering(lowered_for: str) -> Callable[..., Any]:
 
         module = context.module_context.replace(platforms=(lowered_for,))
         context = context.replace(module_context=module)
-        return mlir.lower_fun(in_kernels, multiple_results=True)(context, *arrays)
+        try:
+            return mlir.lower_fun(in_kernels, multiple_results=True)(context, *arrays)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"adam_jax.fuse: Pallas has no kernel for {program.stage_in(str(error))} on this "
+                f"platform: {error} {REMEDY}."
+            ) from error
 
     return rule
 

@@ -13,7 +13,7 @@ from adam_jax.fusion._tiles import OPERATIONS, TileOperation
 ELEMENTWISE = {
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bitcast_convert_type", "cbrt", "ceil", "clamp", "complex", "conj", "convert_element_type",
-    "copy", "cos", "cosh", "div", "eq", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "ge",
+    "cos", "cosh", "div", "eq", "erf", "erf_inv", "exp", "exp2", "expm1", "floor", "ge",
     "gt", "imag", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max",
     "min", "mul", "ne", "neg", "nextafter", "not", "or", "pow", "real", "reduce_precision",
     "rem", "round", "rsqrt", "select_n", "shift_left", "shift_right_arithmetic",
@@ -21,8 +21,9 @@ ELEMENTWISE = {
     "tan", "tanh", "xor",
 }  # fmt: skip
 CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
-         "custom_vjp_call_jaxpr", "checkpoint"}  # fmt: skip
-TYPES = {"pvary", "pcast"}  # These change the type only: along which mesh axes a value varies.
+         "custom_vjp_call_jaxpr", "checkpoint", "remat2"}  # fmt: skip
+# The value of their input: the first two change the type only, along which mesh axes it varies.
+IDENTITIES = {"pvary", "pcast", "copy", "optimization_barrier"}
 
 
 class Value:
@@ -55,7 +56,7 @@ class Equation(NamedTuple):
 
     @property
     def elementwise(self) -> bool:
-        return self.primitive.name in ELEMENTWISE | TYPES
+        return self.primitive.name in ELEMENTWISE | IDENTITIES
 
     @property
     def stage(self) -> str:
@@ -65,12 +66,21 @@ class Equation(NamedTuple):
     def refuse(self) -> None:
         raise ValueError(
             f"adam_jax fuses chains that treat every element or block of a large leaf by itself, "
-            f"and {self.stage} does not: it has the equation {self.primitive.name!r}. Fuse the "
-            f"chain without it: a stage at an end of the chain goes outside, as in "
-            f"optax.chain(optax.clip_by_global_norm(1.0), adam_jax.fuse(...)); in place of a "
-            f"storage take another, such as adam_jax.storage.int8()."
+            f"and {self.stage} does not: it has the equation {self.primitive.name!r}. {REMEDY}; in "
+            f"place of a storage take another, such as adam_jax.storage.int8()."
         )
 
+    def refuse_in_kernels(self, which: str) -> None:
+        raise ValueError(
+            f"adam_jax.fuse: {self.stage} has the equation {self.primitive.name!r} {which}, which "
+            f"a kernel would compute otherwise than the chain does. {REMEDY}."
+        )
+
+
+REMEDY = (
+    "Fuse the chain without it: a stage at an end of the chain goes outside, as in "
+    "optax.chain(optax.clip_by_global_norm(1.0), adam_jax.fuse(...))"
+)
 
 # The functions of a stage and of a storage, made by the function that it is named after.
 STAGE = re.compile(r"(\w+)\.<locals>\.(?:update|update_fn|save|load)")
@@ -83,7 +93,7 @@ def _stage(sources: Sequence[Any]) -> str:
             if match := STAGE.fullmatch(frame.function_name):
                 # `signal.stateless` and `to_updates` make stages, and name them in their scope.
                 *_, scope = str(source.name_stack).split("/")
-                return scope or match[1] if match[1] in ("stateless", "to_updates") else match[1]
+                return (match[1] in ("stateless", "to_updates") and scope) or match[1]
     return "a stage"
 
 
@@ -115,6 +125,9 @@ def inlined(
             consts = getattr(called, "consts", ())
             inside, results = inlined(called, [*operands, *consts], around)
             equations += inside
+        elif eqn.primitive.name == "optimization_barrier":  # of several leaves: one for each value
+            for operand, result in zip(operands, results, strict=True):
+                equations.append(Equation(eqn.primitive, {}, [operand], [result], around))
         else:
             equations.append(Equation(eqn.primitive, eqn.params, operands, results, around))
         env.update(zip(eqn.outvars, results, strict=True))

@@ -19,7 +19,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from adam_jax._numerics import SMALL
-from adam_jax.fusion._graph import TYPES, Equation, Value
+from adam_jax.fusion import _elementwise
+from adam_jax.fusion._graph import Equation, Value
 from adam_jax.fusion._tiles import Tile, in_blocks, wide_axes
 
 BACKENDS = {"cuda": "triton", "tpu": "tpu"}  # the modules of Pallas
@@ -203,7 +204,7 @@ class Kernel:
             if operation:
                 known[result] = operation.on_tile(tile, *inputs, **equation.params)
             else:
-                known[result] = _elementwise(equation, inputs)
+                known[result] = _elementwise.on_tile(equation, inputs)
 
 
 def _triton_tile(lengths: tuple[int, ...], block: int) -> tuple[int, ...]:
@@ -251,43 +252,6 @@ def _store(backend: Any, ref: Any, x: Any, mask: Any) -> None:
         ref[...] = x
     else:
         backend.store(ref, x, mask=mask)
-
-
-# --- What a backend lacks, made of what it has ----------------------------------------------------
-
-
-def _elementwise(equation: Equation, inputs: list[Any]) -> Any:
-    """An elementwise equation on a tile."""
-    x, name = inputs[0], equation.primitive.name
-    if name in TYPES:
-        return x
-    if name == "convert_element_type":
-        return _converted(x, equation.params["new_dtype"])
-    if name == "is_finite":  # Triton of jax 0.7 has none
-        return jnp.abs(x.astype(jnp.float32)) < jnp.inf
-    if name == "round":  # Triton has none
-        return _rounded(x)
-    if name == "sign":  # Mosaic asks the TPU how to, and an export has none to ask
-        return jnp.where(x > 0, jnp.ones_like(x), jnp.where(x < 0, -jnp.ones_like(x), x))
-    return equation.primitive.bind(*inputs, **equation.params)
-
-
-def _converted(x: Any, dtype: Any) -> Any:
-    """Mosaic of jax 0.7 converts neither bytes nor unsigned integers to floats."""
-    if any(jnp.issubdtype(d, jnp.integer) and d.itemsize < 4 for d in (x.dtype, dtype)):
-        x = x.astype(jnp.int32)
-    if x.dtype == jnp.uint32 and jnp.issubdtype(dtype, jnp.floating):
-        high, low = (half.astype(jnp.int32).astype(jnp.float32) for half in (x >> 16, x & 0xFFFF))
-        x = high * 65536 + low
-    return x.astype(dtype)
-
-
-def _rounded(x: Any) -> Any:
-    """To the nearest integer, of two as near to the even one, with the sign of x."""
-    down = jnp.floor(x)
-    odd = down - 2 * jnp.floor(down * 0.5) == 1
-    rounded = down + ((x - down > 0.5) | ((x - down == 0.5) & odd)).astype(x.dtype)
-    return jnp.where(rounded == 0, x * 0, rounded)
 
 
 def _as_array(x: Any, value: Any, shape: tuple[int, ...]) -> Any:

@@ -10,6 +10,7 @@ a Pallas kernel (`_kernel.py`). No kernel is written for any optimizer. `Program
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from adam_jax._numerics import SMALL
-from adam_jax.fusion._graph import TYPES, DisjointSets, Equation, Value, inlined
+from adam_jax.fusion._graph import IDENTITIES, DisjointSets, Equation, Value, inlined
 from adam_jax.fusion._kernel import Kernel
 from adam_jax.fusion._tiles import wide_axes
 
@@ -118,6 +119,12 @@ class Program:
                 equation.refuse()
         return axes[0] if axes else wide_axes(gradient.shape)[-2:][0], lengths
 
+    def stage_in(self, message: str) -> str:
+        """The stage of an equation that a message names."""
+        words = set(re.findall(r"\w+", message))
+        body = [equation for kernel in self.kernels.values() for equation in kernel.body]
+        return next((e.stage for e in body if e.primitive.name in words), "a stage")
+
     def is_uniform(self, value: Any) -> bool:
         return value in self.uniform if isinstance(value, Value) else np.ndim(value) == 0
 
@@ -188,7 +195,7 @@ def _compute_element(
     """For an equation whose results have equal elements: add one element of each."""
     if all(v.shape == () for v in equation.outputs):
         elements.update((v, known[v]) for v in equation.outputs)
-    elif equation.elementwise and equation.primitive.name not in TYPES:
+    elif equation.elementwise and equation.primitive.name not in IDENTITIES:
         _compute(equation, elements)
     else:  # broadcast or of another type, but equal
         (x,) = equation.inputs
