@@ -292,8 +292,9 @@ def test_reduce_on_plateau():
 
 def test_a_sum_of_gradients():
     """A state without moments has a count all the same, that of its schedule."""
-    expected, actual = goes_on(optax.sgd(SCHEDULE, 0.9), adam_jax.sgd(SCHEDULE, 0.9))
-    chex.assert_trees_all_equal(actual, expected)
+    with jax.numpy_dtype_promotion("standard"):  # of the schedule
+        expected, actual = goes_on(optax.sgd(SCHEDULE, 0.9), adam_jax.sgd(SCHEDULE, 0.9))
+    assert_close(actual, expected, "contracted")
 
 
 def test_into_another_basis():
