@@ -290,6 +290,22 @@ def test_reduce_on_plateau():
     assert taken[1].scale == 1  # which the old state did not have
 
 
+def test_a_sum_of_gradients():
+    """A state without moments has a count all the same, that of its schedule."""
+    with jax.numpy_dtype_promotion("standard"):  # of the schedule
+        expected, actual = goes_on(optax.sgd(SCHEDULE, 0.9), adam_jax.sgd(SCHEDULE, 0.9))
+    assert_close(actual, expected, "contracted")
+
+
+def test_into_another_basis():
+    """There the first step makes the basis, and the moments do not count it."""
+    tx = adam_jax.in_basis(adam_jax.basis.eigenvectors(), adam_jax.adam(1e-2))
+    _, old = stepped(optax.adam(1e-2), optax.adam(1e-2).init(PARAMS), 3)
+    taken = adam_jax.from_optax(tx, PARAMS, old)
+    assert taken.count == taken.inner[0].count + 1 == 4
+    chex.assert_trees_all_equal(taken.inner[0].nu, old[0].nu)
+
+
 @pytest.mark.parametrize("name", ["adamax", "adamaxw"])
 def test_adamax(name):
     """optax keeps the norm u, here u**2 is kept. The state does not tell, so it must be said."""
