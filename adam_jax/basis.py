@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adam_jax._checks import check_count, check_hyperparameter, check_params
@@ -274,7 +275,7 @@ def _as_trees(kind: Any, parts: list, leaves: list, structure: Any) -> Any:
         for each, leaf in zip(parts, leaves, strict=True):
             part = None if each is None else each[i]
             missing = part is None and leaf is not None
-            yield placeholder(jnp.shape(leaf)) if missing else part
+            yield placeholder(np.shape(leaf)) if missing else part
 
     return kind(*(structure.unflatten(column(i)) for i in range(len(kind._fields))))
 
