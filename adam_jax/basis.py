@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adam_jax._checks import check_count, check_hyperparameter, check_params
@@ -274,8 +273,9 @@ def _as_trees(kind: Any, parts: list, leaves: list, structure: Any) -> Any:
     def column(i):
         for each, leaf in zip(parts, leaves, strict=True):
             part = None if each is None else each[i]
-            missing = part is None and leaf is not None
-            yield placeholder(np.shape(leaf)) if missing else part
+            if part is None and leaf is not None:
+                part = placeholder(jnp.shape(leaf))
+            yield part
 
     return kind(*(structure.unflatten(column(i)) for i in range(len(kind._fields))))
 
