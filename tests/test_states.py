@@ -116,6 +116,16 @@ def test_a_count_of_zero_starts_the_weights_anew(wrap):
         assert_close(*updates, "contracted")
 
 
+def test_python_numbers_stand_for_moments():
+    """`optax.tree.set(state, mu=0)` leaves them, where the parameters are one array."""
+    updates = []
+    for package in (adam_jax, optax):
+        tx = package.adam(0.01)
+        state = optax.tree.set(tx.init(jnp.ones(3)), mu=0, nu=0.0, count=0)
+        updates.append(jax.jit(tx.update)(jnp.full(3, 0.3), state)[0])
+    assert_close(*updates, "contracted")
+
+
 def test_an_edited_count_moves_every_schedule():
     """A warm restart through every field `count`, and Python numbers for arrays."""
     schedule = optax.cosine_decay_schedule(0.01, 1000)

@@ -234,6 +234,9 @@ class Slot(NamedTuple):
         """
         leaves, structure = self._leaves(grads, count)
         stored = self._stored(state, grads, structure)
+        for parts, leaf in zip(stored, leaves, strict=True):
+            if isinstance(parts[-1], int | float):  # as optax.tree.set(state, mu=0) leaves it
+                parts[-1] = jnp.full(leaf.shape, parts[-1], leaf.dtype)
 
         def load(parts, leaf):
             try:
@@ -376,9 +379,10 @@ class Slot(NamedTuple):
         if self.storage.fits(leaf):
             saved = jax.eval_shape(lambda m: self._saved(m, leaf), moment)
             due = [_nothing(leaf) if part is None else part for part in saved]
+        where = f" at {leaf.path!r}" if leaf.path else ""
         return ValueError(
-            f"{self.stage} got gradients that do not match its state: of the leaf at {leaf.path!r} "
-            f"the state keeps {self.moment} as {described(parts)}, and for a gradient of shape "
+            f"{self.stage} got gradients that do not match its state: of the leaf{where} the state "
+            f"keeps {self.moment} as {described(parts)}, and for a gradient of shape "
             f"{leaf.shape} this {self.moment}_storage keeps {described(due)}. {_REMEDY}"
         )
 
