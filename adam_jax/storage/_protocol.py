@@ -235,8 +235,9 @@ class Slot(NamedTuple):
         leaves, structure = self._leaves(grads, count)
         stored = self._stored(state, grads, structure)
         for parts, leaf in zip(stored, leaves, strict=True):
-            if isinstance(parts[-1], int | float):  # as optax.tree.set(state, mu=0) leaves it
-                parts[-1] = jnp.full(leaf.shape, parts[-1], leaf.dtype)
+            # A Python number, as optax.tree.set(state, mu=0) leaves it, traced or not.
+            if getattr(parts[-1], "weak_type", isinstance(parts[-1], int | float)):
+                parts[-1] = jnp.full(leaf.shape, jnp.asarray(parts[-1]).astype(leaf.dtype))
 
         def load(parts, leaf):
             try:
