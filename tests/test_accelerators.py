@@ -484,7 +484,7 @@ def test_a_kernel_does_not_see_axes_of_length_1(device):
 @pytest.mark.parametrize("shape", [(16, 16, 3, 768), (512, 512, 3, 3)], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_blocks_along_another_axis_cost(device, shape):
-    """There is no kernel, but XLA does not pad the blocks either: as in the words of `fused_step`."""
+    """There is no kernel, but XLA does not pad the blocks: as the words of `fused_step` say."""
     _, moved, temporaries, limit = costs(device, "8-bit adamw, fused", shape)
     assert limit < moved < 29.3
     assert temporaries < 1.7
