@@ -249,14 +249,14 @@ def in_one_part(x: jax.Array, *axes: int) -> jax.Array:
     return jax.sharding.reshard(x, _with_names(sharding, names))
 
 
-def reshaped(x: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Another shape of an array that is sharded along its first axis at most, and stays so."""
+def reshaped(x: jax.Array, shape: Sequence[int], axes: Sequence[int | None]) -> jax.Array:
+    """Another shape; on a mesh with explicit axes sharded as these axes of `x` are, None: not."""
     sharding = explicit(x)
     if sharding is None:
         return x.reshape(shape)
-    first, *_ = _names(sharding, x.shape)
-    names = [first, *[()] * (len(shape) - 1)]
-    return jax.lax.reshape(x, shape, out_sharding=_with_names(sharding, names))
+    names = _names(sharding, x.shape)
+    out_sharding = _with_names(sharding, [() if a is None else names[a] for a in axes])
+    return jax.lax.reshape(x, shape, out_sharding=out_sharding)
 
 
 def as_sharded(x: jax.Array, other: jax.Array) -> jax.Array:

@@ -473,6 +473,24 @@ def test_a_fused_step_moves_what_it_must(device, name):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_kernel_does_not_see_axes_of_length_1(device):
+    """One head: without its axis of length 1 the leaf is a matrix."""
+    kernels, moved, temporaries, limit = costs(device, "8-bit adamw, fused", (16384, 1, 128))
+    assert kernels == 1
+    assert moved < 1.01 * limit
+    assert temporaries < 0.2
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 3, 768), (512, 512, 3, 3)], ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_blocks_along_another_axis_cost(device, shape):
+    """There is no kernel, but XLA does not pad the blocks: as the words of `fused_step` say."""
+    _, moved, temporaries, limit = costs(device, "8-bit adamw, fused", shape)
+    assert limit < moved < 29.3
+    assert temporaries < 1.7
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw", "4-bit adamw", "8-bit, compensated"])
 def test_a_fused_step_under_x64(name, device, x64):
     """There numbers of Python and sums have 64 bits by themselves, which Mosaic lacks."""

@@ -357,8 +357,8 @@ EQUATIONS = {
 }
 
 
-REFUSED = [("rem", "float32"), ("rem", "bfloat16"), ("nextafter", "bfloat16")]
-REFUSED += [("logistic", "bfloat16"), ("power -2", "bfloat16")]
+OF_FLOAT32 = ["acosh", "asinh", "atanh", "exp2", "logistic", "nextafter", "power -2"]
+REFUSED = [("rem", "float32"), ("rem", "bfloat16"), *((name, "bfloat16") for name in OF_FLOAT32)]
 
 
 def edge_values(dtype):

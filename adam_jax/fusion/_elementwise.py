@@ -39,10 +39,11 @@ def _as_it_is(equation: Equation, *inputs: Any) -> Any:
 
 
 def _in_float32(equation: Equation, *inputs: Any) -> Any:
-    """As XLA computes it of bfloat16."""
+    """Of bfloat16 as XLA computes it, rounded once."""
     if inputs[0].dtype != jnp.bfloat16:
         return _as_it_is(equation, *inputs)
-    return _as_it_is(equation, *(x.astype(jnp.float32) for x in inputs)).astype(jnp.bfloat16)
+    wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in inputs]
+    return _as_it_is(equation, *wide).astype(jnp.bfloat16)
 
 
 def _is_float(x: Any) -> bool:
@@ -94,6 +95,9 @@ def _clamp(equation: Equation, least: Any, x: Any, most: Any) -> Any:
 def _select(equation: Equation, which: Any, *cases: Any) -> Any:
     if which.dtype != bool:
         equation.refuse_in_kernels("of more than two cases")
+    if cases[0].dtype == bool:  # Mosaic has no selection of bools
+        first, second = cases
+        return (which & second) | (jnp.logical_not(which) & first)
     return _as_it_is(equation, which, *cases)
 
 
@@ -223,22 +227,25 @@ def _to_integer(x: Any, dtype: np.dtype) -> Any:
     return jnp.where(upper < half, inside, jnp.full_like(inside, info.max))
 
 
+IN_FLOAT32 = [
+    "acos", "asin", "atan", "atan2", "cbrt", "cos", "cosh", "erf", "erf_inv", "exp", "expm1", "log",
+    "log1p", "pow", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh",
+]  # fmt: skip
+OF_FLOAT32 = ["acosh", "asinh", "atanh", "exp2", "logistic", "nextafter"]
 OF_ANY_WIDTH = {"bitcast_convert_type", "convert_element_type", "select_n"}
 RULES: dict[str, Callable[..., Any]] = {
-    "atan2": _in_float32,
+    **dict.fromkeys(IN_FLOAT32, _in_float32),
+    **dict.fromkeys(OF_FLOAT32, _of_float32),
     "bitcast_convert_type": _bits,
     "clamp": _clamp,
     "convert_element_type": _convert,
     "div": _div,
-    "erf_inv": _in_float32,
     "integer_pow": _integer_pow,
     "is_finite": _is_finite,  # Triton of jax 0.7 has none
-    "logistic": _of_float32,
     "max": _max,
     "min": _min,
     "ne": _not_equal,
     "neg": _neg,
-    "nextafter": _of_float32,
     "rem": _rem,
     "round": _round,
     "select_n": _select,

@@ -329,12 +329,13 @@ def repeated(x: jax.Array, axis: int, block: int, length: int) -> jax.Array:
 def as_vector(x: jax.Array) -> jax.Array:
     """All elements along the first axis, the others of length 1; sharded as the first one is."""
     x = in_one_part(x, *range(1, x.ndim))
-    return reshaped(x, (x.size, *[1] * (x.ndim - 1)))
+    return reshaped(x, (x.size, *[1] * (x.ndim - 1)), [0, *[None] * (x.ndim - 1)])
 
 
 def of_vector(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The array that `as_vector` was made of."""
-    return reshaped(in_one_part(x, 0) if shape[0] % parts_of_axis(x, 0) else x, shape)
+    x = in_one_part(x, 0) if shape[0] % parts_of_axis(x, 0) else x
+    return reshaped(x, shape, [0, *[None] * (len(shape) - 1)])
 
 
 def split(x: jax.Array, axis: int, block: int) -> jax.Array:
@@ -346,9 +347,13 @@ def split(x: jax.Array, axis: int, block: int) -> jax.Array:
         x = jnp.pad(x, padding)
     elif (length // block) % parts_of_axis(x, axis):
         x = in_one_part(x, axis)
-    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    axes = [*range(axis + 1), None, *range(axis + 1, x.ndim)]
+    return reshaped(x, (*before, x.shape[axis] // block, block, *after), axes)
 
 
 def merged(x: jax.Array, axis: int) -> jax.Array:
     """The two axes that `split` made as one again, with the padding."""
-    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    length = x.shape[axis] * x.shape[axis + 1]
+    axes = [*range(axis + 1), *range(axis + 2, x.ndim)]
+    return reshaped(x, (*x.shape[:axis], length, *x.shape[axis + 2 :]), axes)
