@@ -23,6 +23,11 @@ SecondMoment: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array |
 class ScaleByMomentsState(NamedTuple):
     """The state of `scale_by_moments`: the same for rates that are numbers, arrays or schedules.
 
+    All zeros are a fresh state, so ``jax.tree.map(jnp.zeros_like, state)`` starts anew, with the
+    right bias correction. To start a group of leaves anew, give the group a state of its own with
+    `optax.partition`, and set that to zero; to start rows of a leaf anew, give each row one with
+    ``jax.vmap(tx.init)`` and ``jax.vmap(tx.update)``.
+
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates; with a storage it goes on
         from 2**30 after 2**31 - 1, for the sake of its random bits.
@@ -30,7 +35,8 @@ class ScaleByMomentsState(NamedTuple):
         NamedTuple of such trees. None if `b1` is None.
       nu: the second moments, likewise, real; None if `b2` is None.
       weights: the weights that the moments have gathered, a small float array with a column for
-        each moment; all zeros as long as a fresh state has not stepped.
+        each moment (see `average.ROWS`); all zeros before the first step, and if the rates have
+        been what they are now since then.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
