@@ -88,12 +88,14 @@ STAGE = re.compile(r"(\w+)\.<locals>\.(?:update|update_fn|save|load)")
 
 def _stage(sources: Sequence[Any]) -> str:
     """The innermost stage or storage around an equation: the frames begin at the equation."""
-    for source in sources:
+    for i, source in enumerate(sources):
         for frame in source.traceback.frames if source.traceback else ():
             if match := STAGE.fullmatch(frame.function_name):
-                # `signal.stateless` and `to_updates` make stages, and name them in their scope.
-                *_, scope = str(source.name_stack).split("/")
-                return (match[1] in ("stateless", "to_updates") and scope) or match[1]
+                if match[1] not in ("stateless", "to_updates"):
+                    return match[1]
+                # `signal` makes these stages, and names them in their scope.
+                scopes = [str(outer.name_stack).rpartition("/")[2] for outer in sources[i:]]
+                return next(filter(None, scopes), match[1])
     return "a stage"
 
 
