@@ -26,10 +26,10 @@ class Moments(NamedTuple):
     The averages carry their own rates and weights, so that no later stage repeats a decay rate.
 
     Attributes:
-      intact: a boolean scalar, true. A stage that takes the moments for updates and does arithmetic
-        on them gets an error from it (it comes first, so that nothing else fails before); one that
-        sets them to zero makes it false, and the update 0.
       grad: the gradient of this step, shape and dtype of the leaf.
+      intact: a boolean scalar, true. A stage that takes the moments for updates and does arithmetic
+        on them gets an error from it (it comes before the averages, so that they do not fail
+        first); one that sets them to zero makes it false, and the update 0.
       mu: the first moment, an `Average` whose value is at least float32 (or complex64). Where
         `scale_by_moments` was told to keep none, its value is the gradient.
       nu: the second moment, an `Average` whose value is real; None where none is kept.
@@ -48,8 +48,8 @@ class Moments(NamedTuple):
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 1 and section 3.
     """
 
-    intact: Any
     grad: jax.Array
+    intact: Any
     mu: Average
     nu: Average | None
     rounded: Any = None

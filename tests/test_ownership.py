@@ -81,7 +81,7 @@ def test_boxes_of_flax():
         found = owners(state, params)
         assert nn.unbox(found[0].mu) == {"a": 0, "b": 1}
     model = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    found = owners(adam_jax.adam(1e-3).init(model), nnx.as_pure(model))
+    found = owners(adam_jax.adam(1e-3).init(model), nnx.to_pure_dict(model))
     assert nnx.to_pure_dict(found[0].nu) == {"bias": 0, "kernel": 1}
 
 
