@@ -401,6 +401,10 @@ def nadam(
         the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
       The other arguments are those of `adam`.
 
+    Returns:
+      An optax gradient transformation. Its updates are bit for bit those of `optax.nadam`, except
+      in trees with a leaf of one element: compiled for a CPU they may differ in the last bit.
+
     Example:
       >>> import adam_jax
       >>> tx = adam_jax.nadam(2e-3, momentum_decay=4e-3)  # the defaults of PyTorch

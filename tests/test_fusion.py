@@ -357,6 +357,8 @@ EQUATIONS = {
 }
 
 
+# Polynomials: jax 0.7 contracts them in one of two kernels for a CPU, which is a few ulp.
+POLYNOMIALS = {"erf", "tan"}
 OF_FLOAT32 = ["acosh", "asinh", "atanh", "exp2", "logistic", "nextafter", "power -2"]
 REFUSED = [("rem", "float32"), ("rem", "bfloat16"), *((name, "bfloat16") for name in OF_FLOAT32)]
 
@@ -390,14 +392,17 @@ def possible(dtype):
                 yield name, equation
 
 
-def different(found, due):
-    """A few pairs that are not the same bits; any NaN is as good as another."""
+def different(found, due, nearly=False):
+    """A few pairs that are further apart; any NaN is as good as another."""
     assert found.dtype == due.dtype
     negative = [
         np.signbit(x) if x.dtype.kind in "fV" else x < 0 for x in map(np.asarray, (found, due))
     ]
     found, due = np.asarray(found), np.asarray(due)
     same = (found == due) & (negative[0] == negative[1]) | (found != found) & (due != due)
+    if nearly:
+        wide = [x.astype(np.float64) for x in (found, due)]
+        same |= np.isclose(*wide, rtol=4 * float(jnp.finfo(due.dtype).eps), atol=0)
     return list(zip(found[~same][:3].tolist(), due[~same][:3].tolist(), strict=True))
 
 
@@ -426,7 +431,7 @@ def test_every_equation_gives_the_value_of_the_chain(dtype, platform, interprete
 
     found, due = jax.jit(fusion._fused(each, gradients=0))(x, y), jax.jit(each)(x, y)
     assert kernels
-    wrong = {name: different(found[name], due[name]) for name in equations}
+    wrong = {name: different(found[name], due[name], name in POLYNOMIALS) for name in equations}
     assert not any(wrong.values()), {name: pairs for name, pairs in wrong.items() if pairs}
 
 
