@@ -110,6 +110,9 @@ class Expressions:
                 return 1, operands[0][1]
             case "convert", [value] if value is not None:
                 return self.constant(*kept, value)
+            case "multiply", [_, 1 | -1]:  # as some versions of XLA write a minus sign
+                (sign, x), (other, _) = operands
+                return sign * other, x
             case "add", [x, y] if None not in (x, y):
                 return self.constant("float32" if isinstance(x, np.floating) else "int32", x + y)
             case "compare", [x, y] if None not in (x, y):

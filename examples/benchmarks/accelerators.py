@@ -83,7 +83,7 @@ ENVIRONMENT = {
 
 def missing() -> str:
     """Why other devices cannot be compiled for, and what to do; nothing if they can."""
-    for module in ("jax_plugins", "jax_plugins.xla_cuda12", "libtpu"):
+    for module in ("jax_plugins", "jax_plugins.xla_cuda13", "libtpu"):
         if importlib.util.find_spec(module) is None:
             return f"there is no {module}: .venv/bin/pip install -e '.[test,accelerators]'"
     if jax.config.jax_platforms != "cpu":
@@ -409,7 +409,7 @@ def main() -> None:
         if choice != FLASHOPTIM or target == "h100"  # it has kernels for GPUs only
     ]
     rows = [measure(*each) for each in tqdm(todo, "compiling", leave=False)]
-    print(hardware("jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12", "libtpu", "flashoptim-jax"))
+    print(hardware("jax-cuda13-pjrt", "nvidia-cuda-nvcc", "libtpu", "flashoptim-jax"))
     print("each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; CPU time\n")
     print(table(rows, options.targets))
     if options.json:
