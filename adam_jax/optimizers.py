@@ -403,7 +403,7 @@ def nadam(
 
     Returns:
       An optax gradient transformation. Its updates are bit for bit those of `optax.nadam`, except
-      in trees with a leaf of one element: compiled for a CPU they may differ in the last bit.
+      that compiled for a CPU those of leaves of a few elements may differ in the last bit.
 
     Example:
       >>> import adam_jax

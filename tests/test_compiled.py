@@ -180,7 +180,7 @@ STORED_COPIES = {
     "bfloat16, at random": 4.0,
     "8-bit": 2.4,
     "4-bit": 1.3,
-    "8-bit m, factored v": 1.3,
+    "8-bit m, factored v": 2.1,
     "8-bit m, block-mean v": 1.6,
     "float32, no rounding stage": 0.1,
     "float32, round_stochastically": 0.1,
@@ -192,22 +192,24 @@ STORED_COPIES = {
 
 @pytest.mark.parametrize("choice", memory.CHOICES, ids=lambda choice: choice.name)
 def test_no_temporary_is_a_float32_moment(choice):
-    """The peak is what counts: no kernel writes a leaf in float32 but the weights and moments."""
+    """No kernel writes a leaf in float32 but the weights and moments."""
     shapes = memory.gpt2(layers=1, width=256, vocabulary=512, context=256)
     weights = memory.in_dtype(choice.weights, shapes)
     with jax.numpy_dtype_promotion("standard"):
         compiled = memory.compiled_step(choice, weights)
     temporaries = compiled.memory_analysis().temp_size_in_bytes / memory.size(weights)
     assert temporaries < STORED_COPIES[choice.name]
-    if "compensate" in choice.name and jax.__version_info__ < (0, 10):
-        return  # the XLA of jax 0.6 does write the exact parameter out, once
+    # With compensate some versions of XLA write the exact parameter of a leaf out, for CPUs.
+    written_out = 0
+    most = 1 if "compensate" in choice.name and not 10 <= jax.__version_info__[1] < 12 else 0
     entry = compiled.as_text().split("ENTRY")[1]
     outputs = re.findall(r"%[\w.\-]+", re.search(r"ROOT .*", entry).group())
     for name, lengths, operation in re.findall(
         r"(%[\w.\-]+) = f32\[([\d,]+)\]\S* ([\w\-]+)\(", entry
     ):
         if operation not in ("parameter", "bitcast") and name not in outputs:
-            assert math.prod(map(int, lengths.split(","))) < 256 * 256, (name, operation)
+            written_out += math.prod(map(int, lengths.split(","))) >= 256 * 256
+    assert written_out <= most * len(jax.tree.leaves(weights))
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadamw"])

@@ -81,9 +81,9 @@ def test_other_equations():
     assert traced(adam_jax.adam(1e-3), params) != traced(adam_jax.nadam(1e-3), params)
 
 
-def some_params(dtype="float32"):
+def some_params(dtype="float32", *, without=("bias",)):
     """A matrix of an odd number of elements, a scalar and an empty leaf."""
-    return {name: leaf for name, leaf in random_params(dtype).items() if name != "bias"}
+    return {name: leaf for name, leaf in random_params(dtype).items() if name not in without}
 
 
 def assert_bitwise_equal_over_training(ours, theirs, params, steps):
@@ -118,9 +118,11 @@ def assert_bitwise_equal_over_training(ours, theirs, params, steps):
         )
 
 
-@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
-def test_bitwise_in_one_scan(pair, dtype):
-    assert_bitwise_equal_over_training(*pair, some_params(dtype), STEPS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_bitwise_in_one_scan(name, dtype):
+    """nadam without small leaves: there a CPU's compiler contracts its look-ahead as it happens."""
+    params = some_params(dtype, without=("bias", "scale") if "nadam" in name else ("bias",))
+    assert_bitwise_equal_over_training(*PAIRS[name], params, STEPS)
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
