@@ -1,33 +1,40 @@
-"""The same numbers as PyTorch on the CPU, and as Keras's published formula, in float64."""
+"""The same numbers as PyTorch on the CPU, recorded, and as Keras's formula, in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from support import assert_close
+from torch_references import Given, Run, recorded
 
 import adam_jax
 
 STEPS = 500
 SHAPE = (5, 3)
 
+RNG = np.random.default_rng(0)
+RANDOM = Given("random", {"w": RNG.normal(size=SHAPE)}, {"w": RNG.normal(size=(STEPS, *SHAPE))})
+
+
+def like_torch(ours, optimizer, **options):
+    return ours, Run(RANDOM, optimizer, options)
+
+
 PAIRS = {
-    "adam": (
-        adam_jax.adam(1e-2, 0.8, 0.99, eps=1e-6),
-        lambda ps: torch.optim.Adam(ps, lr=1e-2, betas=(0.8, 0.99), eps=1e-6),
+    "adam": like_torch(
+        adam_jax.adam(1e-2, 0.8, 0.99, eps=1e-6), "Adam", lr=1e-2, betas=(0.8, 0.99), eps=1e-6
     ),
-    "adam, defaults": (adam_jax.adam(1e-3), lambda ps: torch.optim.Adam(ps, lr=1e-3)),
-    "adam, L2": (
+    "adam, defaults": like_torch(adam_jax.adam(1e-3), "Adam", lr=1e-3),
+    "adam, L2": like_torch(
         optax.chain(optax.add_decayed_weights(0.1), adam_jax.adam(1e-3)),
-        lambda ps: torch.optim.Adam(ps, lr=1e-3, weight_decay=0.1),
+        "Adam",
+        lr=1e-3,
+        weight_decay=0.1,
     ),
-    "adamw": (
-        adam_jax.adamw(1e-2, weight_decay=0.1),
-        lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=0.1),
-    ),
+    "adamw": like_torch(adam_jax.adamw(1e-2, weight_decay=0.1), "AdamW", lr=1e-2, weight_decay=0.1),
 }
+RUNS = [run for _, run in PAIRS.values()]
 
 
 def train(tx, params, gradients):
@@ -42,21 +49,13 @@ def train(tx, params, gradients):
 
 @pytest.fixture
 def problem(x64):
-    rng = np.random.default_rng(0)
-    return jnp.asarray(rng.normal(size=SHAPE)), rng.normal(size=(STEPS, *SHAPE))
+    return jnp.asarray(RANDOM.params["w"]), RANDOM.gradients["w"]
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
 def test_torch(pair, problem):
-    ours, theirs = pair
-    params, gradients = problem
-    weights = torch.nn.Parameter(torch.tensor(np.asarray(params)))
-    optimizer, trajectory = theirs([weights]), []
-    for grads in gradients:
-        weights.grad = torch.tensor(grads)
-        optimizer.step()
-        trajectory.append(weights.detach().numpy().copy())
-    assert_close(train(ours, params, gradients), np.stack(trajectory), "reference")
+    ours, run = pair
+    assert_close(train(ours, *problem)[run.rows], recorded(run)["w"], "reference")
 
 
 def keras_adam(weights, gradients, learning_rate, beta_1, beta_2, epsilon):

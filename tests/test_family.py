@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-import torch
 from support import TOLERANCES, matrices_only, stack, user_jit
+from torch_references import Run, recorded
 
 import adam_jax
 
@@ -45,6 +45,8 @@ def network(weights, x):
 
 class Problem:
     """Three in one, a leaf for each, so that a member is compiled once for all of them."""
+
+    name = "family"
 
     def __init__(self, dtype):
         rng = np.random.default_rng(1)
@@ -84,22 +86,6 @@ def of_transformation(tx):
             with jax.numpy_dtype_promotion("standard"):
                 params, state = update(params, state, grads)
             return params
-
-        return step
-
-    return start
-
-
-def of_torch(factory):
-    def start(params):
-        tensors = {name: torch.nn.Parameter(torch.tensor(p)) for name, p in params.items()}
-        optimizer = factory(tensors.values())
-
-        def step(params, grads):
-            for name, tensor in tensors.items():
-                tensor.grad = torch.tensor(np.asarray(grads[name]))
-            optimizer.step()
-            return {name: tensor.detach().numpy().copy() for name, tensor in tensors.items()}
 
         return step
 
@@ -218,7 +204,7 @@ def paper_amsgrad(theta, lr=1e-3, b1=0.9, b2=0.999, eps=1e-8):
 
 class Spec(NamedTuple):
     ours: optax.GradientTransformation
-    reference: Callable
+    reference: Callable | Run
     tolerance: str  # a key of TOLERANCES, or "bitwise": under jit in float32
 
 
@@ -233,11 +219,10 @@ def like_optax(name, tolerance, *args, library=optax, **options):
     )
 
 
-def like_torch(ours, factory, **options):
-    return Spec(ours, of_torch(lambda ps: factory(ps, **options)), "torch")
+def like_torch(ours, optimizer, **options):
+    return Spec(ours, Run(problem_in("float64"), optimizer, options), "torch")
 
 
-optim = torch.optim
 SPECS = {
     # optax, its own arithmetic
     "sgd": like_optax("sgd", "bitwise", 1e-4),
@@ -301,48 +286,48 @@ SPECS = {
         weight_decay=0.1,
     ),
     # PyTorch
-    "Adam (torch)": like_torch(adam_jax.adam(1e-2, eps=1e-6), optim.Adam, lr=1e-2, eps=1e-6),
+    "Adam (torch)": like_torch(adam_jax.adam(1e-2, eps=1e-6), "Adam", lr=1e-2, eps=1e-6),
     "AdamW (torch)": like_torch(
-        adam_jax.adamw(1e-2, weight_decay=0.1), optim.AdamW, lr=1e-2, weight_decay=0.1
+        adam_jax.adamw(1e-2, weight_decay=0.1), "AdamW", lr=1e-2, weight_decay=0.1
     ),
     "AMSGrad (torch)": like_torch(
-        adam_jax.amsgrad(1e-2, max_before_correction=True), optim.Adam, lr=1e-2, amsgrad=True
+        adam_jax.amsgrad(1e-2, max_before_correction=True), "Adam", lr=1e-2, amsgrad=True
     ),
-    "NAdam (torch)": like_torch(adam_jax.nadam(1e-2, momentum_decay=4e-3), optim.NAdam, lr=1e-2),
+    "NAdam (torch)": like_torch(adam_jax.nadam(1e-2, momentum_decay=4e-3), "NAdam", lr=1e-2),
     "NAdamW (torch)": like_torch(
         adam_jax.nadamw(1e-2, momentum_decay=1e-2, weight_decay=0.1),
-        optim.NAdam,
+        "NAdam",
         lr=1e-2,
         momentum_decay=1e-2,
         weight_decay=0.1,
         decoupled_weight_decay=True,
     ),
     "RAdam (torch)": like_torch(
-        adam_jax.radam(1e-2, eps=1e-4, eps_hat=True), optim.RAdam, lr=1e-2, eps=1e-4
+        adam_jax.radam(1e-2, eps=1e-4, eps_hat=True), "RAdam", lr=1e-2, eps=1e-4
     ),
-    "Adamax (torch)": like_torch(adam_jax.adamax(1e-2), optim.Adamax, lr=1e-2),
+    "Adamax (torch)": like_torch(adam_jax.adamax(1e-2), "Adamax", lr=1e-2),
     "Adagrad (torch)": like_torch(
         adam_jax.adagrad(1e-1, 0.5, eps=1e-10, eps_in_sqrt=False),
-        optim.Adagrad,
+        "Adagrad",
         lr=1e-1,
         initial_accumulator_value=0.5,
     ),
     "RMSprop (torch)": like_torch(
         adam_jax.rmsprop(1e-4, decay=0.99, eps_in_sqrt=False, momentum=0.9),
-        optim.RMSprop,
+        "RMSprop",
         lr=1e-4,
         momentum=0.9,
     ),
     "RMSprop, centered (torch)": like_torch(
         adam_jax.rmsprop(1e-4, decay=0.99, eps=1e-2, eps_in_sqrt=False, centered=True),
-        optim.RMSprop,
+        "RMSprop",
         lr=1e-4,
         eps=1e-2,
         centered=True,
     ),
-    "SGD, momentum (torch)": like_torch(adam_jax.momentum(1e-4), optim.SGD, lr=1e-4, momentum=0.9),
+    "SGD, momentum (torch)": like_torch(adam_jax.momentum(1e-4), "SGD", lr=1e-4, momentum=0.9),
     "SGD, nesterov (torch)": like_torch(
-        adam_jax.nesterov_momentum(1e-4), optim.SGD, lr=1e-4, momentum=0.9, nesterov=True
+        adam_jax.nesterov_momentum(1e-4), "SGD", lr=1e-4, momentum=0.9, nesterov=True
     ),
     # the papers
     "adam_atan2 (paper)": Spec(adam_jax.adam_atan2(1e-2), of_paper(atan2), "reference"),
@@ -375,6 +360,9 @@ SPECS = {
 }
 
 
+RUNS = [spec.reference for spec in SPECS.values() if isinstance(spec.reference, Run)]
+
+
 def trajectory(start, problem):
     params = jax.tree.map(jnp.asarray, problem.params)
     step, steps = start(problem.params), []
@@ -384,6 +372,14 @@ def trajectory(start, problem):
     return {name: np.stack([step[name] for step in steps]) for name in problem.params}
 
 
+def trajectories(ours, reference, problem):
+    """Both after every step; with PyTorch after those that are recorded."""
+    path = trajectory(of_transformation(ours), problem)
+    if isinstance(reference, Run):
+        return {name: path[name][reference.rows] for name in path}, recorded(reference)
+    return path, trajectory(reference, problem)
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_member(name, request):
     spec = SPECS[name]
@@ -391,8 +387,7 @@ def test_member(name, request):
     if not bitwise:
         request.getfixturevalue("x64")
     problem = problem_in("float32" if bitwise else "float64")
-    ours = trajectory(of_transformation(spec.ours), problem)
-    theirs = trajectory(spec.reference, problem)
+    ours, theirs = trajectories(spec.ours, spec.reference, problem)
     rtol, atol, reason = (0, 0, "bitwise") if bitwise else TOLERANCES[spec.tolerance]
     for leaf, expected in theirs.items():
         assert np.all(np.isfinite(expected))
@@ -416,9 +411,7 @@ def test_every_member_has_a_reference():
 )
 def test_without_its_option_a_member_misses_its_reference(ours, name, x64):
     """The updates differ visibly: so the rows of the table above can fail."""
-    problem = problem_in("float64")
-    mine = trajectory(of_transformation(ours), problem)
-    theirs = trajectory(SPECS[name].reference, problem)
+    mine, theirs = trajectories(ours, SPECS[name].reference, problem_in("float64"))
     for leaf in theirs:
         steps, due = (np.diff(path[leaf], axis=0) for path in (mine, theirs))
         assert np.linalg.norm(steps - due) / np.linalg.norm(due) > 0.05

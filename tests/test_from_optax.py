@@ -10,10 +10,10 @@ import optax
 import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
-import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from support import assert_close, mesh_of
 from tables import STORAGES, keeping
+from torch_references import Given, Run, recorded
 
 import adam_jax
 from adam_jax import storage
@@ -435,54 +435,66 @@ def test_a_checkpoint_without_a_target(tmp_path):
 # --- From PyTorch ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.usefixtures("x64")
-def test_from_pytorch(amsgrad):
-    """Twenty steps there, then twenty here: the forty of PyTorch."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(5, 3, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1, amsgrad=amsgrad)
+# The parameters of a torch.nn.Linear(5, 3), in the order of its `named_parameters`.
+LINEAR = {"weight": (3, 5), "bias": (3,)}
 
+
+def linear_problem():
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape) for name, shape in LINEAR.items()}
+    grads = {name: rng.normal(size=(40, *shape)) for name, shape in LINEAR.items()}
+    return Given("linear", params, grads)
+
+
+RUNS = [
+    Run(
+        linear_problem(),
+        "AdamW",
+        {"lr": 1e-2, "weight_decay": 0.1, "amsgrad": amsgrad},
+        steps=range(20, 41),
+        with_state=True,
+    )
+    for amsgrad in (False, True)
+]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.usefixtures("x64")
+def test_from_pytorch(run):
+    """Twenty steps there, then twenty here: those of PyTorch."""
     # The names here, those there, and whether the array is transposed between the two.
     names = {"kernel": ("weight", True), "bias": ("bias", False)}
 
     def brought(arrays):
-        """A tree of this model from arrays by the names of PyTorch: copies, for it goes on."""
-        copies = {
-            ours: arrays[theirs].detach().numpy().copy() for ours, (theirs, _) in names.items()
+        """A tree of this model from arrays by the names of PyTorch."""
+        return {
+            ours: jnp.asarray(arrays[theirs].T if transposed else arrays[theirs])
+            for ours, (theirs, transposed) in names.items()
         }
-        return {name: x.T if names[name][1] else x for name, x in copies.items()}
+
+    # PyTorch numbers the parameters in the order of `named_parameters`.
+    kept = {name: recorded(run, f"state/{number}") for number, name in enumerate(LINEAR)}
 
     def moment(name):
-        """PyTorch numbers the parameters in the order of `named_parameters`."""
-        kept = optimizer.state_dict()["state"]
-        numbers = {theirs: i for i, (theirs, _) in enumerate(model.named_parameters())}
-        return brought({theirs: kept[number][name] for theirs, number in numbers.items()})
+        return brought({theirs: kept[theirs][name] for theirs in LINEAR})
 
-    def here():
-        return jax.tree.map(jnp.asarray, brought(dict(model.named_parameters())))
-
-    grads = [
-        {name: RNG.normal(size=p.shape) for name, p in model.named_parameters()} for _ in range(40)
+    state = [
+        optax.ScaleByAdamState(
+            jnp.int32(kept["weight"]["step"]), moment("exp_avg"), moment("exp_avg_sq")
+        )
     ]
-    for step, grad in enumerate(grads):
-        if step == 20:
-            params = here()
-            count = jnp.int32(optimizer.state_dict()["state"][0]["step"])
-            state = [optax.ScaleByAdamState(count, moment("exp_avg"), moment("exp_avg_sq"))]
-            if amsgrad:
-                state = [optax.ScaleByAmsgradState(*state[0], moment("max_exp_avg_sq"))]
-        for name, p in model.named_parameters():
-            p.grad = torch.tensor(grad[name])
-        optimizer.step()
-
     tx = adam_jax.adamw(1e-2, weight_decay=0.1)
-    if amsgrad:
+    if run.options["amsgrad"]:
+        state = [optax.ScaleByAmsgradState(*state[0], moment("max_exp_avg_sq"))]
         tx = adam_jax.amsgrad(1e-2, weight_decay=0.1, max_before_correction=True)
-    state = adam_jax.from_optax(tx, params, state)
+
+    first, *rest = (
+        brought({name: path[i] for name, path in recorded(run).items()})
+        for i in range(len(run.steps))
+    )
+    params, state = first, adam_jax.from_optax(tx, first, state)
     update = jax.jit(tx.update)
-    for grad in grads[20:]:
-        grad = brought({name: torch.tensor(g) for name, g in grad.items()})
-        updates, state = update(grad, state, params)
+    for t, expected in zip(run.steps, rest, strict=False):
+        updates, state = update(brought(run.problem.gradient(params, t)), state, params)
         params = optax.apply_updates(params, updates)
-    assert_close(params, here(), "torch")
+        assert_close(params, expected, "torch")

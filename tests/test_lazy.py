@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from support import assert_close, make_step, mesh_of
 from tables import MEMBERS, keeping
+from torch_references import STEPS, Given, Run, recorded
 
 import adam_jax
 from adam_jax import storage
@@ -49,35 +49,40 @@ def scanned(tx, params, gradients):
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rate", "betas", "eps"),
-    [(1e-3, (0.9, 0.999), 1e-8), (1e-1, (0.8, 0.99), 1e-3)],
-)
-def test_sparse_adam(rate, betas, eps, x64):
-    """300 steps of PyTorch's SparseAdam, every one of them compared."""
-    check_sparse_adam(rate, betas, eps, "float64", "torch")
-
-
-def test_sparse_adam_in_float32():
-    check_sparse_adam(1e-2, (0.9, 0.999), 1e-8, "float32", "sparse")
-
-
-def check_sparse_adam(rate, betas, eps, dtype, tolerance):
+def sparse_adam(dtype, **options):
+    """300 steps of PyTorch's SparseAdam."""
     rng = np.random.default_rng(0)
     gradients = sparse_gradients(rng, 300).astype(dtype)
     table = rng.normal(size=(ROWS, COLUMNS)).astype(dtype)
+    problem = Given(f"sparse, {dtype}", {"table": table}, {"table": gradients})
+    return Run(problem, "SparseAdam", options, [step for step in STEPS if step <= 300])
 
-    weights = torch.nn.Parameter(torch.tensor(table))
-    optimizer, theirs = torch.optim.SparseAdam([weights], lr=rate, betas=betas, eps=eps), []
-    for grads in gradients:
-        weights.grad = torch.tensor(grads).to_sparse(1)
-        optimizer.step()
-        theirs.append(weights.detach().numpy().copy())
 
+IN_FLOAT64 = [
+    sparse_adam("float64", lr=1e-3, betas=(0.9, 0.999), eps=1e-8),
+    sparse_adam("float64", lr=1e-1, betas=(0.8, 0.99), eps=1e-3),
+]
+IN_FLOAT32 = sparse_adam("float32", lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+RUNS = [*IN_FLOAT64, IN_FLOAT32]
+
+
+@pytest.mark.parametrize("run", IN_FLOAT64, ids=str)
+@pytest.mark.usefixtures("x64")
+def test_sparse_adam(run):
+    check_sparse_adam(run, "torch")
+
+
+def test_sparse_adam_in_float32():
+    check_sparse_adam(IN_FLOAT32, "sparse")
+
+
+def check_sparse_adam(run, tolerance):
+    rate, betas, eps = run.options.values()
+    table, gradients = run.problem.params["table"], run.problem.gradients["table"]
     tx = adam_jax.lazy(adam_jax.adam(rate, *betas, eps=eps, eps_hat=True))
 
     ours = scanned(tx, jnp.asarray(table), jnp.asarray(gradients))
-    assert_close(ours, np.stack(theirs), tolerance)
+    assert_close(ours[run.rows], recorded(run)["table"], tolerance)
     assert np.array_equal(ours[-1][-1], table[-1])  # a row that no step reached
     assert np.max(np.abs(ours[-1][0] - table[0])) > rate
 

@@ -9,6 +9,7 @@ is update and apply, jitted, with donated buffers or without.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -122,7 +123,8 @@ TORCH_SIDES = {
     "torch foreach": {"foreach": True},
     "torch plain": {"foreach": False, "fused": False},
 }
-SIDES = [*JAX_SIDES, *TORCH_SIDES, "limit"]
+HAS_TORCH = importlib.util.find_spec("torch") is not None  # by the extra [torch]
+SIDES = [*JAX_SIDES, *(TORCH_SIDES if HAS_TORCH else ()), "limit"]
 
 
 class Side(NamedTuple):
