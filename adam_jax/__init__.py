@@ -3,8 +3,9 @@
 gradient ──scale_by_moments──▶ Moments ──bias_correct──▶ direction ──scale_by_lr──▶ update
 """
 
-from adam_jax import basis, rules, storage, tasks
+from adam_jax import backward, basis, rules, storage, tasks
 from adam_jax.average import Average
+from adam_jax.backward import stacked
 from adam_jax.basis import in_basis
 from adam_jax.correction import (
     MixSlowMomentState,
@@ -111,6 +112,9 @@ __all__ = [
     # a chain as one kernel a leaf, on a GPU and a TPU
     "fuse",
     "fused_step",
+    # every layer of a stack by itself; a step inside the backward pass: a module
+    "stacked",
+    "backward",
     # rows without a gradient stay as they are
     "lazy",
     # a running job goes on here

@@ -102,7 +102,7 @@ def _entry(module, depth=0):
     text = f"{link if not depth else path.name}"
     lines = [f"{'  ' * depth}- [{text}]({link}): {first_line(thing)}"]
     for name, named in public().items():
-        if named.__module__ == thing.__name__:
+        if getattr(named, "__module__", None) == thing.__name__:  # which a module has not
             lines.append(f"{'  ' * (depth + 1)}- `{name}`: {first_line(named)}")
     if is_package:
         inside = [other for other in modules() if other.rpartition(".")[0] == module]

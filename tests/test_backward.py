@@ -1,0 +1,381 @@
+"""The step in the backward pass is the plain one: value_and_grad, then the chain on the stack."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import assert_close, assert_names
+from tables import MEMBERS, STORAGES, keeping
+
+import adam_jax
+from adam_jax import backward
+
+LAYERS, WIDTH = 3, 64
+
+
+def block(x, layer, scale):
+    """A residual layer with a small leaf, a scalar auxiliary loss, and something shared."""
+    h = jnp.tanh(x @ layer["up"]) * scale[None]
+    return x + h @ layer["down"] + layer["bias"][None], jnp.mean(jnp.square(h))
+
+
+def loss(params, layers, tokens, *, block=block):
+    x = params["embedding"][tokens]
+    x, costs = backward.scan(block, x, layers, params["scale"])
+    logits = x @ params["embedding"].T  # tied
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    return jnp.mean(each) + 0.01 * jnp.sum(costs)
+
+
+def problem(dtype="float32"):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape) / 8, dtype)  # noqa: E731
+    params = {"embedding": draw(70, WIDTH), "scale": jnp.ones((WIDTH,), dtype)}
+    layers = {
+        "up": draw(LAYERS, WIDTH, WIDTH),
+        "down": draw(LAYERS, WIDTH, WIDTH),
+        "bias": draw(LAYERS, WIDTH),
+    }
+    return params, layers, jnp.asarray(rng.integers(0, 70, 20))
+
+
+def plain_step(loss, tx, layers_tx=None):
+    """The same with all gradients at once."""
+    inner = optax.with_extra_args_support(tx)
+    stack = adam_jax.stacked(layers_tx or tx)
+
+    def step(params, layers, state, *args):
+        value, (grads, layer_grads) = jax.value_and_grad(loss, (0, 1))(params, layers, *args)
+        extra_args = {"value": value, "grad_norm": state.grad_norm}
+        updates, params_state = inner.update(grads, state.params, params, **extra_args)
+        layer_updates, layers_state = stack.update(layer_grads, state.layers, layers, **extra_args)
+        norm = optax.tree.norm(jax.tree.map(jnp.float32, (grads, layer_grads)))
+        params, layers = optax.apply_updates((params, layers), (updates, layer_updates))
+        return value, params, layers, backward.BackwardState(norm, params_state, layers_state)
+
+    return step
+
+
+def pairs(loss, tx, dtype="float32", steps=4, layers_tx=None):
+    """What a step in the backward pass makes, and what the plain one does of the same."""
+    params, layers, tokens = problem(dtype)
+    step, plain = (
+        jax.jit(make(loss, tx, layers_tx)) for make in (backward.value_and_step, plain_step)
+    )
+    now = params, layers, backward.init(tx, params, layers, layers_tx)
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(steps):
+            due = plain(*now, tokens)
+            yield step(*now, tokens), due
+            now = due[1:]
+
+
+def assert_same(found, due):
+    """The loss bit for bit, floats to a few ulp; of what is rounded one in a thousand otherwise."""
+    chex.assert_trees_all_equal(found[0], due[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, due)
+    for x, y in zip(jax.tree.leaves(found[1:]), jax.tree.leaves(due[1:]), strict=True):
+        if x.dtype.itemsize < 4 or jnp.issubdtype(x.dtype, jnp.integer):
+            assert np.mean(x != y) <= 1e-3
+        else:
+            assert_close(x, y, "layer")
+
+
+# --- The law --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_member_in_the_backward_pass_is_the_plain_member(name):
+    for found, due in pairs(loss, getattr(adam_jax, name)(1e-2)):
+        assert_same(found, due)
+    assert found[3].grad_norm > 0
+
+
+@pytest.mark.parametrize("how", STORAGES)
+def test_a_storage(how):
+    for step in pairs(loss, adam_jax.adamw(1e-2, **keeping(how))):
+        assert_same(*step)
+
+
+LOW = {
+    "stochastic": adam_jax.round_stochastically(),
+    "bfloat16": adam_jax.compensate("bfloat16"),
+    "int8": adam_jax.compensate("int8"),
+}
+
+
+@pytest.mark.parametrize("how", LOW)
+def test_bfloat16_parameters_and_a_rounding(how):
+    tx = optax.chain(adam_jax.adamw(1e-2, **keeping("int8")), LOW[how])
+    for step in pairs(loss, tx, "bfloat16"):
+        assert_same(*step)
+
+
+def matrices(params):
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+CHAINS = {
+    "a schedule": adam_jax.adam(
+        optax.cosine_decay_schedule(1e-2, 10), lambda count: 1 - 0.5**count
+    ),
+    "injected": optax.inject_hyperparams(adam_jax.adam)(learning_rate=1e-2, b1=0.8),
+    "masked decay": adam_jax.adamw(1e-2, mask=matrices),
+    "fused": adam_jax.fuse(adam_jax.adamw(1e-2, **keeping("int8"))),
+    "by group": optax.partition({True: adam_jax.adamw(1e-2), False: optax.set_to_zero()}, matrices),
+    "clipped by blocks": optax.chain(optax.clip_by_block_rms(1e-3), adam_jax.adam(1e-2)),
+    "clipped by the previous norm": optax.chain(
+        backward.clip_by_previous_norm(1e-2), adam_jax.sgd(1.0)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", CHAINS)
+def test_a_chain(how):
+    for step in pairs(loss, CHAINS[how]):
+        assert_same(*step)
+
+
+def test_another_chain_for_the_layers():
+    for step in pairs(loss, adam_jax.sgd(0.1), layers_tx=adam_jax.lamb(1e-2)):
+        assert_same(*step)
+
+
+def test_under_x64(x64):
+    for step in pairs(loss, adam_jax.adam(1e-2), "float64", steps=2):
+        assert_same(*step)
+
+
+def test_training_without_jit():
+    params, layers, tokens = problem()
+    tx = adam_jax.adam(1e-2)
+    step = backward.value_and_step(loss, tx)
+    carry = params, layers, backward.init(tx, params, layers)
+    values = []
+    for _ in range(3):
+        value, *carry = step(*carry, tokens)
+        values.append(float(value))
+    assert values[2] < values[1] < values[0]
+
+
+# --- What the loss may be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy", [None, jax.checkpoint_policies.dots_saveable], ids=["nothing", "products"]
+)
+def test_checkpoint_says_what_is_kept(policy):
+    """Of a layer the forward scan keeps its input, and what the policy says; never weights."""
+    tx, (params, layers, tokens) = adam_jax.sgd(0.1), problem()
+
+    def kept(block):
+        step = backward.value_and_step(partial(loss, block=block), tx)
+        jaxpr = jax.make_jaxpr(step)(params, layers, backward.init(tx, params, layers), tokens)
+        forward = next(e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan")
+        return sorted(v.aval.shape for v in forward.outvars if v.aval.shape[:1] == (LAYERS,))
+
+    x, h, cost = (LAYERS, 20, WIDTH), (LAYERS, 20, WIDTH), (LAYERS,)
+    products = [] if policy is None else [h]
+    assert kept(jax.checkpoint(block, policy=policy)) == [cost, x, *products]
+    assert len(kept(block)) > 4
+    for step in pairs(partial(loss, block=jax.checkpoint(block, policy=policy)), CHAINS["fused"]):
+        assert_same(*step)
+
+
+def test_other_arrays_along_the_layers():
+    """Keys and numbers of layers; gates that have a gradient, and a carry of integers."""
+
+    def gated(carry, x, scale):
+        (x, number), (layer, key, gate) = carry, x
+        keep = jax.random.bernoulli(key, 0.9, x.shape)
+        new, cost = block(x, layer, scale)
+        return (jnp.where(keep, gate * new, x), number + 1), (cost, number)
+
+    def loss(params, layers, tokens):
+        x = params["embedding"][tokens]
+        keys = jax.random.split(jax.random.key(0), LAYERS)
+        gates = params["scale"][:LAYERS]
+        (x, number), (costs, numbers) = backward.scan(
+            gated, (x, 0), (layers, keys, gates), params["scale"]
+        )
+        assert numbers.dtype == number.dtype == jnp.int32
+        return jnp.mean(jnp.square(x)) + jnp.sum(costs * numbers.astype(costs.dtype))
+
+    for step in pairs(loss, adam_jax.adam(1e-2)):
+        assert_same(*step)
+
+
+def test_an_auxiliary_result():
+    tx, (params, layers, tokens) = adam_jax.adam(1e-2), problem()
+
+    def with_aux(*args):
+        value = loss(*args)
+        return value, {"twice": 2 * value}
+
+    carry = params, layers, backward.init(tx, params, layers)
+    value, *plain = jax.jit(backward.value_and_step(loss, tx))(*carry, tokens)
+    (same, aux), *new = jax.jit(backward.value_and_step(with_aux, tx, has_aux=True))(*carry, tokens)
+    chex.assert_trees_all_equal((same, aux["twice"], new), (value, 2 * value, plain))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step():
+    """Decided by the loss, which is known before the backward pass."""
+    finite = lambda step, value, **_: jnp.isfinite(value)  # noqa: E731
+    tx = optax.conditionally_mask(adam_jax.adam(1e-2), finite, forward_extra_args=True)
+    params, layers, tokens = problem()
+    start = backward.init(tx, params, layers)
+
+    def maybe(params, layers, tokens, factor):
+        return loss(params, layers, tokens) * factor
+
+    step = jax.jit(backward.value_and_step(maybe, tx))
+    _, *same, state = step(params, layers, start, tokens, jnp.nan)
+    chex.assert_trees_all_equal(same, [params, layers])
+    chex.assert_trees_all_equal(state.layers.inner_state, start.layers.inner_state)
+    _, moved, _, _ = step(params, layers, state, tokens, 1.0)
+    assert not np.array_equal(moved["embedding"], params["embedding"])
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def refused(loss=loss, tx=None, kind=ValueError, layers_tx=None):
+    params, layers, tokens = problem()
+    tx = adam_jax.adam(1e-2) if tx is None else tx
+    step = backward.value_and_step(loss, tx, layers_tx)
+    with pytest.raises(kind) as error:
+        jax.jit(step).lower(params, layers, backward.init(tx, params, layers, layers_tx), tokens)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("where", ["params", "layers"])
+def test_a_chain_that_needs_all_gradients_is_refused_by_name(where):
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), adam_jax.adam(1e-2))
+    txs = {"tx": clipped} if where == "params" else {"layers_tx": clipped}
+    assert_names(refused(**txs), "clip_by_global_norm adam_jax.backward clip_by_previous_norm")
+    message = refused(tx=optax.apply_if_finite(adam_jax.adam(1e-2), 3))
+    assert_names(message, "apply_if_finite needs several")
+
+
+def test_a_loss_that_does_not_scan_the_layers():
+    message = refused(lambda params, layers, tokens: jnp.sum(params["embedding"]))
+    assert_names(message, "scan(f, init, layers)")
+
+
+def test_a_leaf_that_is_not_scanned_is_named():
+    def of_some(params, layers, tokens):
+        some = {"up": layers["up"], "down": layers["down"]}
+        x, _ = backward.scan(lambda x, w: (x @ w["up"], None), params["embedding"], some)
+        return jnp.sum(x)
+
+    assert "['bias'] of the layers is not scanned" in refused(of_some)
+
+
+def test_a_loss_that_scans_twice():
+    def twice(params, layers, tokens):
+        return loss(params, layers, tokens) + loss(params, layers, tokens)
+
+    assert "more than once" in refused(twice)
+
+
+def test_a_loss_that_reads_the_layers_elsewhere():
+    def decayed(params, layers, tokens):
+        return loss(params, layers, tokens) + jnp.sum(jnp.square(layers["up"]))
+
+    assert "LayerOutsideOfScan" in refused(decayed, kind=TypeError)
+
+
+def test_a_layer_that_closes_over_parameters():
+    def closed(params, layers, tokens):
+        layer = lambda x, w: block(x, w, params["scale"])  # noqa: E731
+        return jnp.sum(backward.scan(layer, params["embedding"][tokens], layers)[0])
+
+    refused(closed, kind=jax.errors.UnexpectedTracerError)
+
+
+def test_a_loss_that_is_no_scalar():
+    def vector(params, layers, tokens):
+        return loss(params, layers, tokens) * jnp.ones(3)
+
+    assert "real scalar" in refused(vector, kind=TypeError)
+
+
+def test_the_previous_norm_is_needed():
+    stage = backward.clip_by_previous_norm(1.0)
+    with pytest.raises(TypeError, match=r"optax\.clip_by_global_norm"):
+        stage.update(jnp.ones(3), stage.init(None))
+    for norm in (0.0, 0.5, jnp.nan):
+        updates, _ = stage.update(jnp.ones(3), stage.init(None), grad_norm=norm)
+        chex.assert_trees_all_equal(updates, jnp.ones(3))
+    updates, _ = stage.update(jnp.ones(3), stage.init(None), grad_norm=jnp.inf)
+    chex.assert_trees_all_equal(updates, jnp.zeros(3))
+
+
+# --- Small batches accumulated in the moments -----------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_batches_accumulate_in_the_moments(k, x64):
+    """m is that of the mean gradient; v that of the mean of the squares."""
+    tx = optax.chain(
+        adam_jax.scale_by_moments(backward.micro_decay(0.9, k), backward.micro_decay(0.99, k)),
+        adam_jax.bias_correct(),
+        adam_jax.scale_by_lr(backward.micro_rate(lambda step: 0.1 / (step.astype(float) + 1), k)),
+    )
+    rng = np.random.default_rng(0)
+    params = start = jnp.asarray(rng.normal(size=5))
+    state, m, v, due = tx.init(params), 0, 0, np.asarray(start)
+    update = jax.jit(tx.update)
+    for t in range(1, 11):
+        grads = rng.normal(size=(k, 5))
+        for grad in grads:
+            before = params
+            updates, state = update(jnp.asarray(grad), state, params)
+            params = params + updates
+        m, v = 0.9 * m + 0.1 * grads.mean(0), 0.99 * v + 0.01 * (grads**2).mean(0)
+        direction = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+        due = due - 0.1 / t * direction
+        assert_close((state[0].mu, state[0].nu), (m, v), "algebra")
+        assert_close(params, due, "moving")
+        assert k == 1 or not np.array_equal(before, params)
+
+
+@pytest.mark.parametrize("bad", [{"decay": 1.0, "k": 2}, {"decay": 0.9, "k": 0}])
+def test_micro_decay_is_checked(bad):
+    with pytest.raises(ValueError, match=r"^(decay|k) must be"):
+        backward.micro_decay(**bad)
+
+
+# --- A chain on a stack ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("name", ["lamb", "cautious_adamw", "adamw"])
+def test_a_stack_is_its_layers(name, axis):
+    tx = getattr(adam_jax, name)(1e-2)
+    layers = problem()[1]
+    layers = {"up": layers["up"], "down": layers["down"]}
+    whole = jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), layers)
+    stack = adam_jax.stacked(tx, axis)
+    updates, state = jax.jit(stack.update)(whole, stack.init(whole), whole)
+    for i in range(LAYERS):
+        one = jax.tree.map(lambda x: x[i], layers)  # noqa: B023
+        due, due_state = jax.jit(tx.update)(one, tx.init(one), one)
+        found = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0)[i], updates)  # noqa: B023
+        assert_close(found, due, "contracted")
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[i], state), due_state)  # noqa: B023
+
+
+def test_a_stack_of_other_lengths_is_refused():
+    tx = adam_jax.stacked(adam_jax.adam(1e-2))
+    for params, match in [
+        ({"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}, r"3 layers \(\['a'\]\) and 4"),
+        ({"a": jnp.ones(())}, r"\['a'\] of shape \(\) has no axis 0"),
+        ({}, "no leaves"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            tx.init(params)
