@@ -133,6 +133,27 @@ def mesh_of(kind="auto", **axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
 
 
+def trajectory(tx, params, gradients):
+    """The parameters after each step, and the last state."""
+    state, update, path = tx.init(params), jax.jit(tx.update), []
+    for grads in gradients:
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path, state
+
+
+def plain_step(tx):
+    """`step(params, state, grads) -> (params, state)`: update and apply."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def make_step(tx):
     """One jitted step: update and apply. optax's own arithmetic is not strict about dtypes."""
 

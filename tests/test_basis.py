@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import TOLERANCES, assert_close, mesh_of
+from support import TOLERANCES, assert_close, mesh_of, plain_step, trajectory
 
 import adam_jax
 from adam_jax import storage
@@ -42,16 +42,6 @@ def fixed(left=None, right=None):
 
 def orthogonal(n):
     return np.linalg.qr(RNG.normal(size=(n, n)))[0]
-
-
-def trajectory(tx, params, grads):
-    """The parameters after each step."""
-    state, update, path = tx.init(params), jax.jit(tx.update), []
-    for grad in grads:
-        updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(params)
-    return path, state
 
 
 # --- As published ---------------------------------------------------------------------------------
@@ -331,16 +321,12 @@ def test_sharded(name, kind):
     grads = RNG.normal(size=(4, 16, 16)).astype("float32")
     due, _ = trajectory(tx, {"kernel": jnp.asarray(grads[0])}, [{"kernel": g} for g in grads])
 
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     for spec, zero in ((P("data", None), None), (P(None, "data"), None), (P(), "data")):
         there = {"kernel": NamedSharding(mesh, spec)}
         params = jax.device_put({"kernel": grads[0]}, there)
         shardings = adam_jax.state_shardings(tx, params, zero=zero)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
-        sharded_step = jax.jit(step, out_shardings=(there, shardings))
+        sharded_step = jax.jit(plain_step(tx), out_shardings=(there, shardings))
         for grad in grads:
             params, state = sharded_step(params, state, jax.device_put({"kernel": grad}, there))
         assert_close(params, due[-1], "reordered")

@@ -64,7 +64,7 @@ TAKEN = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step_of(side, params, states, grads):
+def updates_of(side, params, states, grads):
     with jax.numpy_dtype_promotion("standard"):
         both = {name: tx[side].update(grads, states[name], params) for name, tx in TAKEN.items()}
     return tuple({name: each[i] for name, each in both.items()} for i in (0, 1))
@@ -75,7 +75,7 @@ def steps_of(side, params, states, grads):
     emitted = []
     for i in range(len(grads["bias"])):
         grad = jax.tree.map(lambda g, i=i: g[i], grads)
-        updates, states = step_of(side, params, states, grad)
+        updates, states = updates_of(side, params, states, grad)
         emitted.append(updates)
     return emitted, states
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 import tables
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support import random_params
+from support import plain_step, random_params
 
 import adam_jax
 
@@ -201,11 +201,7 @@ def test_at_the_end_of_an_optimizer(name):
     rng = np.random.default_rng(0)
     grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)] * 3
 
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            return optax.apply_updates(params, updates), state
+    step = jax.jit(plain_step(optimizer))
 
     def trained(params, grads):
         state = optimizer.init(params)

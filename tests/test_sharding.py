@@ -222,7 +222,7 @@ def floats(tree, sharding):
     return jax.tree.map(lambda x: jax.device_put(np.float32(x), sharding), tree)
 
 
-def step_of(tx):
+def training_step(tx):
     def loss(params, batch):
         return jnp.sum((batch["x"] @ params["kernel"] + params["bias"][None]) * batch["weights"])
 
@@ -276,13 +276,13 @@ def test_zero(kind, name):
 
     # The gradients are added up once, the weights gathered once, and there is nothing else.
     out = jax.tree.map(lambda p: p.sharding, params), shardings
-    step = user_jit(step_of(tx), donate_argnums=(0, 1), out_shardings=out)
+    step = user_jit(training_step(tx), donate_argnums=(0, 1), out_shardings=out)
     batches = [floats(batch, rows) for batch in BATCHES]
     step = step.lower(params, state, batches[0]).compile()
     elements = sum(leaf.size for leaf in START.values())
     assert collectives(step) == {"all-reduce": elements, "all-gather": elements}
 
-    alone, one = user_jit(step_of(tx)), jax.devices()[0]
+    alone, one = user_jit(training_step(tx)), jax.devices()[0]
     expected = floats(START, one)
     expected = expected, user_jit(tx.init)(expected)
     for here, there in zip(batches, BATCHES, strict=True):
