@@ -109,6 +109,10 @@ def stack(trees):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
+def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def random_params(dtype="float32", seed=0):
     """A small tree with a matrix, a vector, a scalar and an empty leaf."""
     rng = np.random.default_rng(seed)
