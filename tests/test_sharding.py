@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import assert_close, matrices_only, mesh_of, user_jit
+from support import assert_close, matrices_only, mesh_of, refused, user_jit
 from tables import keeping
 
 import adam_jax
@@ -391,18 +391,18 @@ def other_mesh():
 
 
 @pytest.mark.parametrize(
-    ("params", "zero", "message"),
+    ("params", "zero", "names"),
     [
-        (lambda: {"a": ON_MODEL}, "batch", r"zero must be .* \('data', 'model'\), got 'batch'"),
-        (lambda: {"a": ON_MODEL}, True, r"zero must be .*, got True"),
-        (lambda: {"a": ON_MODEL, "b": np.ones(3)}, None, r"the one at \['b'\] has no sharding"),
-        (lambda: {"b": jnp.ones(3)}, None, r"the one at \['b'\] has SingleDeviceSharding"),
-        (lambda: {"a": ON_MODEL, "b": other_mesh()}, None, r"at \['b'\] lies on .* at \['a'\] on"),
-        (lambda: {"a": None}, None, "needs a parameter"),
+        (lambda: {"a": ON_MODEL}, "batch", "zero ('data', 'model') 'batch'"),
+        (lambda: {"a": ON_MODEL}, True, "zero True"),
+        (lambda: {"a": ON_MODEL, "b": np.ones(3)}, None, "['b'] no sharding"),
+        (lambda: {"b": jnp.ones(3)}, None, "['b'] SingleDeviceSharding"),
+        (lambda: {"a": ON_MODEL, "b": other_mesh()}, None, "['b'] ['a']"),
+        (lambda: {"a": None}, None, "parameter"),
     ],
 )
-def test_wrong_use(params, zero, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_use(params, zero, names):
+    with refused(ValueError, names):
         adam_jax.state_shardings(TX, params(), zero=zero)
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 from jax.sharding import NamedSharding, PartitionSpec
-from support import assert_close, assert_names, mesh_of, nbytes
+from support import assert_close, mesh_of, nbytes, refused
 from tables import MEMBERS, keeping
 
 import adam_jax
@@ -290,9 +290,9 @@ def test_report():
     alone = storage.report(storage.int4(), jnp.ones(4096))
     assert alone.startswith("[4096]  codes uint8[2048] + scales bfloat16[64]  2,176 bytes")
     assert storage.report(storage.int8(), {}).startswith("0 parameters in 0 bytes")
-    with pytest.raises(ValueError, match="mu_storage got a storage that is for nu only"):
+    with refused(ValueError, "mu_storage nu"):
         storage.report(storage.factored(), params, "mu")
-    with pytest.raises(TypeError, match=r"the parameter at \['i'\] is int32"):
+    with refused(TypeError, "['i'] int32"):
         storage.report(storage.int8(), {"i": jnp.arange(3)})
 
 
@@ -569,7 +569,7 @@ def test_dtypes_of_little_range(way):
     """They underflow for squares, so v is refused; for m they work."""
     grads = {"kernel": jnp.full(SHAPE, -0.25), "bias": jnp.full(3, 0.25)}
     for dtype in NARROW:
-        with pytest.raises(ValueError, match=r"int8\(\), or adam_jax\.storage.*for bfloat16"):
+        with refused(ValueError, "int8() adam_jax.storage bfloat16"):
             adam_jax.scale_by_moments(nu_storage=way(dtype))
         tx = adam_jax.scale_by_moments(0.5, None, mu_storage=way(dtype))
         _, state = tx.update(grads, tx.init(grads))
@@ -578,15 +578,15 @@ def test_dtypes_of_little_range(way):
         for name, grad in grads.items():  # all of these are numbers of the dtype
             np.testing.assert_array_equal(moments[name].mu.value, 0.75 * grad)
     for moment in ("mu", "nu"):  # a dtype without 0 keeps no moment
-        with pytest.raises((TypeError, ValueError), match="float8_e8m0fnu"):
+        with refused((TypeError, ValueError), "float8_e8m0fnu"):
             adam_jax.scale_by_moments(**{f"{moment}_storage": way("float8_e8m0fnu")})
 
 
 def test_cast_of_the_wrong_kind():
     for param, dtype in (("complex64", "bfloat16"), ("float32", "complex64")):
-        with pytest.raises(TypeError, match=f"mu of the parameter at 'a/w' is {param} and cannot"):
+        with refused(TypeError, f"mu 'a/w' {param} {dtype}"):
             adam_jax.adam(1e-3, mu_storage=dtype).init({"a": {"w": jnp.ones(3, param)}})
-    with pytest.raises(TypeError, match=r"nu_storage must be a Storage, .* got .complex64"):
+    with refused(TypeError, "nu_storage Storage 'complex64'"):
         adam_jax.adam(1e-3, nu_storage="complex64")
     params = {"w": jnp.ones(SHAPE, "complex64")}
     for how in (storage.stochastic(), storage.int8()):  # they leave a complex moment whole
@@ -1027,103 +1027,79 @@ def test_a_storage_of_ones_own_in_integers():
 ADAM8 = adam_jax.adam(1e-3, mu_storage=storage.int8())
 
 
-def refused(**options):
+def init(**options):
     return lambda: adam_jax.adam(1e-3, **options).init({"a": {"w": jnp.ones(SHAPE)}})
 
 
 WRONG = {
     "the factory": (
-        refused(mu_storage=storage.int8),
+        init(mu_storage=storage.int8),
         TypeError,
-        "mu_storage must be a Storage, such as adam_jax.storage.int8",
+        "mu_storage Storage adam_jax.storage.int8",
     ),
     "two ways": (
-        refused(mu_dtype="bfloat16", mu_storage=storage.int8()),
+        init(mu_dtype="bfloat16", mu_storage=storage.int8()),
         ValueError,
-        "mu_dtype and mu_storage both say how to keep",
+        "mu_dtype mu_storage",
     ),
-    "factored m": (
-        refused(mu_storage=storage.factored()),
-        ValueError,
-        "mu_storage got a storage that is for nu only",
-    ),
+    "factored m": (init(mu_storage=storage.factored()), ValueError, "mu_storage nu"),
     "block-mean m": (
         lambda: adam_jax.lion(1e-3, mu_storage=storage.block_mean()),
         ValueError,
-        "mu_storage got a storage that is for nu only",
+        "mu_storage nu",
     ),
-    "cast to an integer": (lambda: storage.cast("int8"), ValueError, "dtype must be a floating"),
+    "cast to an integer": (lambda: storage.cast("int8"), ValueError, "dtype floating-point int8"),
     "stochastic float32": (
         lambda: storage.stochastic("float32"),
         ValueError,
-        "dtype must have fewer than 32 bits, got float32: use cast",
+        "dtype 32 float32 cast",
     ),
-    "a seed of 1.5": (
-        lambda: storage.int8(seed=1.5),
-        TypeError,
-        "seed must be an integer, got 1.5",
-    ),
-    "a seed of True": (lambda: storage.stochastic(seed=True), TypeError, "got True"),
-    "a seed of '3'": (
-        lambda: storage.int4(seed="3"),
-        TypeError,
-        "seed must be an integer, got '3'",
-    ),
-    "a block of 0": (lambda: storage.int8(0), ValueError, "block must be positive, got 0"),
-    "a block of True": (
-        lambda: storage.int8(True),
-        TypeError,
-        "block must be an integer, got True",
-    ),
-    "an odd block": (
-        lambda: storage.int4(33),
-        ValueError,
-        "block must be positive and even, got 33",
-    ),
-    "a block of 6.4": (lambda: storage.int4(6.4), TypeError, "block must be an integer, got 6.4"),
-    "blocks of 64": (lambda: storage.block_mean(64), TypeError, "blocks must be a function"),
+    "a seed of 1.5": (lambda: storage.int8(seed=1.5), TypeError, "seed integer 1.5"),
+    "a seed of True": (lambda: storage.stochastic(seed=True), TypeError, "seed integer True"),
+    "a seed of '3'": (lambda: storage.int4(seed="3"), TypeError, "seed integer '3'"),
+    "a block of 0": (lambda: storage.int8(0), ValueError, "block 0"),
+    "a block of True": (lambda: storage.int8(True), TypeError, "block integer True"),
+    "an odd block": (lambda: storage.int4(33), ValueError, "block even 33"),
+    "a block of 6.4": (lambda: storage.int4(6.4), TypeError, "block integer 6.4"),
+    "blocks of 64": (lambda: storage.block_mean(64), TypeError, "blocks function 64"),
     "blocks of another rank": (
-        refused(nu_storage=storage.block_mean(lambda path, shape: (1,))),
+        init(nu_storage=storage.block_mean(lambda path, shape: (1,))),
         ValueError,
-        r"blocks\('a/w', \(70, 65\)\) must be a shape of 2 axes, got \(1,\)",
+        "blocks('a/w', (70, 65)) 2 axes (1,)",
     ),
     "blocks that do not divide": (
-        refused(nu_storage=storage.block_mean(lambda path, shape: (60, 1))),
+        init(nu_storage=storage.block_mean(lambda path, shape: (60, 1))),
         ValueError,
-        r"blocks\('a/w', \(70, 65\)\) must divide that shape, got \(60, 1\)",
+        "blocks('a/w', (70, 65)) divide (60, 1)",
     ),
     "parts that do not end in whole": (
-        refused(mu_storage=halves(NamedTuple("Bad", [("whole", Any), ("low", Any)]))),
+        init(mu_storage=halves(NamedTuple("Bad", [("whole", Any), ("low", Any)]))),
         ValueError,
-        "last of a storage's parts must be whole",
+        "storage parts whole",
     ),
     "parts that are no NamedTuple": (
-        refused(mu_storage=halves(tuple)),
+        init(mu_storage=halves(tuple)),
         ValueError,
-        "last of a storage's parts must be whole",
+        "storage parts whole",
     ),
-    "parts that are not named": (
-        refused(mu_storage=halves(None)),
-        TypeError,
-        "'a/w'.*parts",
-    ),
+    "parts that are not named": (init(mu_storage=halves(None)), TypeError, "'a/w' parts"),
     "a missing gradient": (
         lambda: ADAM8.update({}, ADAM8.init({"w": jnp.ones(SHAPE)})),
         ValueError,
-        r"gradients that do not match the parameters of init\(\): for the leaf at \['w'\]",
+        "gradients init() ['w']",
     ),
     "another shape": (
         lambda: ADAM8.update({"w": jnp.ones((32, 256))}, ADAM8.init({"w": jnp.ones(SHAPE)})),
         ValueError,
-        r"scale_by_moments got .* leaf at 'w' .* for a gradient of shape \(32, 256\)",
+        "scale_by_moments 'w' (32, 256)",
     ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG.keys())
 def test_wrong_calls(case):
-    call, error, message = case
-    with pytest.raises(error, match=message):
+    call, error, names = case
+    with refused(error, names):
         call()
 
 
@@ -1155,6 +1131,5 @@ def test_a_state_of_another_storage(was, now):
     params = {"w": jnp.ones(SHAPE)}
     before, after = (adam_jax.adam(1e-3, nu_storage=HOW[name]) for name in (was, now))
     state = jax.eval_shape(before.init, params)
-    with pytest.raises(ValueError, match="nu_storage") as caught:
+    with refused(ValueError, "scale_by_moments nu_storage init()"):
         jax.eval_shape(after.update, params, state)
-    assert_names(caught.value, "scale_by_moments nu_storage init()")
