@@ -67,14 +67,20 @@ def check_bool(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_count(name: str, value: Any, multiple_of: int = 1) -> int:
-    """A positive integer."""
+def check_integer(name: str, value: Any) -> int:
+    """An integer, such as a seed."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
-    if value < 1 or value % multiple_of:
-        even = " and even" if multiple_of == 2 else ""
-        raise ValueError(f"{name} must be positive{even}, got {value}.")
     return int(value)
+
+
+def check_count(name: str, value: Any, multiple_of: int = 1) -> int:
+    """A positive integer."""
+    count = check_integer(name, value)
+    if count < 1 or count % multiple_of:
+        even = " and even" if multiple_of == 2 else ""
+        raise ValueError(f"{name} must be positive{even}, got {count}.")
+    return count
 
 
 def check_dtype(name: str, dtype: Any, kind: Any = jnp.floating) -> jnp.dtype:
@@ -89,13 +95,6 @@ def check_dtype(name: str, dtype: Any, kind: Any = jnp.floating) -> jnp.dtype:
     if np.asarray(0, found) != 0 or np.asarray(-1, found) != -1:
         raise ValueError(f"{name} must hold 0 and negative numbers, which {found} does not.")
     return found
-
-
-def check_seed(seed: Any) -> int:
-    """A seed is an integer."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
-    return int(seed)
 
 
 # --- Trees ----------------------------------------------------------------------------------------

@@ -15,11 +15,8 @@ SMALL = 4096  # elements: a leaf with fewer saves nothing worth rounding it, or 
 
 def as_count(count: Any) -> jax.Array:
     """An integer, also where a state was cast to floats, or its count set to a Python number."""
-    if jnp.issubdtype(getattr(count, "dtype", type(count)), jnp.integer) and hasattr(
-        count, "dtype"
-    ):
-        return jnp.asarray(count)
-    return jnp.asarray(count, jnp.int32)
+    is_integer = hasattr(count, "dtype") and jnp.issubdtype(count.dtype, jnp.integer)
+    return jnp.asarray(count, None if is_integer else jnp.int32)
 
 
 def increment(count: Any, *, draws: bool = False) -> Any:

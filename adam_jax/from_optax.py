@@ -197,7 +197,7 @@ def _fits(array: Any, leaf: Any) -> bool:
 
 
 class _Starts(dict):
-    """Moments by the names of their parameters, and for which an `init` has asked."""
+    """Moments by the names of their parameters; `asked` are the names that an `init` looked up."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adam_jax._checks import check_seed
+from adam_jax._checks import check_integer
 from adam_jax._numerics import as_count, increment
 from adam_jax._ownership import at, is_placeholder, leaves_by_path, placeholder
 from adam_jax._random import random_bits, rounded_at_random
@@ -67,7 +67,7 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     Source: Ozkara, Yu and Park, "Stochastic Rounding for LLM Training" (arXiv 2502.20566).
     """
-    seed = check_seed(seed)
+    seed = check_integer("seed", seed)
 
     def init_fn(params):
         _check_params("round_stochastically", params)

@@ -99,7 +99,7 @@ def state_shardings(
             if owner != NONE:
                 parts[owner].append(part)
         layouts = [
-            layout and (layout[0], _split(zero, *layout, parts[number]))
+            layout and (layout[0], _over_zero(zero, *layout, parts[number]))
             for number, layout in enumerate(layouts)
         ]
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -142,12 +142,13 @@ def _ways(shape: tuple[int, ...], param_shape: tuple[int, ...]) -> Iterator[Sequ
             yield of_long if long is shape else axes
 
 
-def _split(
+def _over_zero(
     zero: str, shape: tuple[int, ...], sharding: NamedSharding, parts: list[Any]
 ) -> NamedSharding:
-    """The sharding of a parameter, for its state, over one more axis of the mesh.
+    """The sharding for the state of a parameter: its own, and over one more axis of the mesh.
 
-    Of axes that leave as few bytes: one that is not sharded yet, the longest, the first.
+    It is the one that leaves the fewest bytes on a device. Of several it is that of an axis that is
+    not sharded yet, then of the longest, then of the first.
     """
     names = _names(sharding, shape)
     if any(zero in each for each in names):
@@ -250,7 +251,8 @@ def in_one_part(x: jax.Array, *axes: int) -> jax.Array:
 
 
 def reshaped(x: jax.Array, shape: Sequence[int], axes: Sequence[int | None]) -> jax.Array:
-    """Another shape; on a mesh with explicit axes sharded as these axes of `x` are, None: not."""
+    """Another shape. On a mesh with explicit axes, `axes` names for each new axis the axis of `x`
+    that it is sharded as; None for an axis that is not sharded."""
     sharding = explicit(x)
     if sharding is None:
         return x.reshape(shape)

@@ -140,7 +140,7 @@ def check_plain(stage: str, path: tuple, update: Any) -> None:
 
 
 def check_updates(stage: str, updates: optax.Updates) -> None:
-    """Every leaf must be one."""
+    """Every leaf must be a plain update."""
     leaves = jax.tree_util.tree_leaves_with_path(
         updates, is_leaf=lambda node: isinstance(node, Moments)
     )

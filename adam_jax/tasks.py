@@ -44,7 +44,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adam_jax._checks import check_count, check_hyperparameter, check_seed
+from adam_jax._checks import check_count, check_hyperparameter, check_integer
 from adam_jax._jit import once
 from adam_jax._numerics import accumulator, as_count, increment, real, safe_divide, scalar, wider
 from adam_jax._ownership import at, leaves_by_path
@@ -395,7 +395,7 @@ def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     Source: Yu et al., "Gradient Surgery for Multi-Task Learning" (arXiv 2001.06782), algorithm 1.
     """
-    seed = check_seed(seed)
+    seed = check_integer("seed", seed)
 
     def weigh(grads, state, *_):
         m = gram(grads)

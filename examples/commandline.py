@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 
@@ -27,11 +28,13 @@ def new_file(text: str) -> Path:
     return Path(text)
 
 
-def hardware() -> str:
-    """The machine and the versions that numbers were measured with."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "optax"))
+def hardware(*others: str) -> str:
+    """The machine and the versions of jax, optax and those of `others` that are installed."""
+    there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    names = [name for name in ("jax", "optax", *others) if name in there]
+    versions = ", ".join(f"{name} {there[name]}" for name in names)
     device = jax.devices()[0]
     return (
-        f"{device.device_kind} ({device.platform}), {platform.machine()}, "
+        f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, {versions}"
     )

@@ -1,5 +1,6 @@
 """What several test files need: the table of tolerances, trees, gradients, and runners."""
 
+import contextlib
 import os
 import re
 from functools import partial
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType
 
 
@@ -99,17 +101,22 @@ def assert_close(actual, expected, tolerance: str):
     )
 
 
-def assert_names(error, message):
-    """An error says what a message says, in whatever words: its leaf, its arguments, its remedy."""
-    names = re.findall(
-        r"(?<=\[')\w+|\b(?:adam_jax|optax)\.\w+|\b\w+_\w+|\bgot \S+$|\w+\(\)|\bparams\b", message
-    )
-    missing = [name for name in names or [message] if name not in str(error)]
-    assert not missing, f"{missing} not in: {error}"
+@contextlib.contextmanager
+def refused(error, names):
+    """An error that has these names (parted by spaces) of what is wrong and of the remedy."""
+    with pytest.raises(error) as caught:
+        yield
+    text = str(caught.value)
+    missing = [n for n in names.split() if not re.search(rf"(?<!\w){re.escape(n)}(?!\w)", text)]
+    assert not missing, f"{missing} not in: {text}"
 
 
 def stack(trees):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def nbytes(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def random_params(dtype="float32", seed=0):
@@ -134,6 +141,27 @@ def mesh_of(kind="auto", **axes):
     """A mesh of the devices of tests/conftest.py, with automatic or explicit axes."""
     kinds = (AxisType[kind.capitalize()],) * len(axes)
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+
+
+def trajectory(tx, params, gradients):
+    """The parameters after each step, and the last state."""
+    state, update, path = tx.init(params), jax.jit(tx.update), []
+    for grads in gradients:
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path, state
+
+
+def plain_step(tx):
+    """`step(params, state, grads) -> (params, state)`: update and apply."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    return step
 
 
 def make_step(tx):

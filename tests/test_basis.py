@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import TOLERANCES, assert_close, mesh_of
+from support import TOLERANCES, assert_close, mesh_of, plain_step, refused, trajectory
 
 import adam_jax
 from adam_jax import storage
@@ -42,16 +42,6 @@ def fixed(left=None, right=None):
 
 def orthogonal(n):
     return np.linalg.qr(RNG.normal(size=(n, n)))[0]
-
-
-def trajectory(tx, params, grads):
-    """The parameters after each step."""
-    state, update, path = tx.init(params), jax.jit(tx.update), []
-    for grad in grads:
-        updates, state = update(jax.tree.map(jnp.asarray, grad), state, params)
-        params = optax.apply_updates(params, updates)
-        path.append(params)
-    return path, state
 
 
 # --- As published ---------------------------------------------------------------------------------
@@ -331,16 +321,12 @@ def test_sharded(name, kind):
     grads = RNG.normal(size=(4, 16, 16)).astype("float32")
     due, _ = trajectory(tx, {"kernel": jnp.asarray(grads[0])}, [{"kernel": g} for g in grads])
 
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     for spec, zero in ((P("data", None), None), (P(None, "data"), None), (P(), "data")):
         there = {"kernel": NamedSharding(mesh, spec)}
         params = jax.device_put({"kernel": grads[0]}, there)
         shardings = adam_jax.state_shardings(tx, params, zero=zero)
         state = jax.jit(tx.init, out_shardings=shardings)(params)
-        sharded_step = jax.jit(step, out_shardings=(there, shardings))
+        sharded_step = jax.jit(plain_step(tx), out_shardings=(there, shardings))
         for grad in grads:
             params, state = sharded_step(params, state, jax.device_put({"kernel": grad}, there))
         assert_close(params, due[-1], "reordered")
@@ -407,7 +393,6 @@ def test_derivatives(name, mode):
         return jnp.sum((jnp.sin(params) * params - targets) ** 2)
 
     def after_steps(rate, params):
-        tx = PUBLISHED[name][0]
         tx = {
             "SOAP": lambda: adam_jax.in_basis(eigenvectors(every=2), adam_jax.adam(rate)),
             "GaLore": lambda: adam_jax.in_basis(singular_vectors(2, every=2), adam_jax.adam(rate)),
@@ -437,36 +422,36 @@ def test_gradients_that_do_not_match(name):
     params = {"kernel": jnp.ones((6, 5)), "bias": jnp.ones(5)}
     state = tx.init(params)
     bias = {"bias": params["bias"]}
-    for grads, leaf in (
-        (bias | {"kernel": jnp.ones((7, 5))}, r"of shape \(7, 5\) .*\['kernel'\]"),
-        (bias | {"kernel": jnp.ones(30)}, r"of shape \(30,\) .*\['kernel'\]"),
-        (bias | {"kernel": jnp.ones((2, 6, 5))}, r"of shape \(2, 6, 5\) .*\['kernel'\]"),
-        (bias | {"kernel": None}, r"no gradient for the leaf at \['kernel'\]"),
-        (bias, "in another tree than the parameters"),
+    for grads, names in (
+        (bias | {"kernel": jnp.ones((7, 5))}, "(7, 5) ['kernel']"),
+        (bias | {"kernel": jnp.ones(30)}, "(30,) ['kernel']"),
+        (bias | {"kernel": jnp.ones((2, 6, 5))}, "(2, 6, 5) ['kernel']"),
+        (bias | {"kernel": None}, "no gradient ['kernel']"),
+        (bias, "tree"),
     ):
         if grads.get("kernel") is not None and name == "GaLore" and grads["kernel"].ndim == 2:
             continue  # of the longer side it keeps no basis; the moments tell
-        with pytest.raises(ValueError, match=leaf + r".*init\(\)"):
+        with refused(ValueError, f"{names} init()"):
             tx.update(grads, state, params)
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match=r"adam_jax\.basis, such as eigenvectors"):
+    with refused(TypeError, "adam_jax.basis eigenvectors"):
         adam_jax.in_basis(adam_jax.adam(1e-3), eigenvectors())
     tx = adam_jax.in_basis(eigenvectors(), adam_jax.adam(1e-3, mu_storage=storage.int8()))
-    with pytest.raises(ValueError, match=r"codes at .*kernel.* cannot be changed"):
+    with refused(ValueError, "codes kernel"):
         tx.init({"kernel": jnp.ones((64, 80))})
     tx = adam_jax.in_basis(eigenvectors(), adam_jax.scale_by_moments())
-    with pytest.raises(TypeError, match="in_basis takes plain updates"):
+    with refused(TypeError, "in_basis Moments"):
         tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))))
-    for make, message in (
-        (lambda: eigenvectors(1.0), "decay must be in"),
-        (lambda: eigenvectors(every=0), "every must be positive"),
-        (lambda: eigenvectors(largest=-1), "largest must be positive"),
-        (lambda: singular_vectors(0), "rank must be positive"),
-        (lambda: singular_vectors(2, every=0), "every must be positive"),
+    for make, names in (
+        (lambda: eigenvectors(1.0), "decay 1.0"),
+        (lambda: eigenvectors(every=0), "every 0"),
+        (lambda: eigenvectors(largest=-1), "largest -1"),
+        (lambda: singular_vectors(0), "rank 0"),
+        (lambda: singular_vectors(2, every=0), "every 0"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with refused(ValueError, names):
             make()
-    with pytest.raises(TypeError, match="rank must be an integer"):
+    with refused(TypeError, "rank integer 0.5"):
         singular_vectors(0.5)

@@ -1,11 +1,10 @@
 """The same numbers as PyTorch on the CPU, recorded, and as Keras's formula, in float64."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import assert_close
+from support import assert_close, trajectory
 from torch_references import Given, Run, recorded
 
 import adam_jax
@@ -38,13 +37,7 @@ RUNS = [run for _, run in PAIRS.values()]
 
 
 def train(tx, params, gradients):
-    step = jax.jit(tx.update)
-    state, trajectory = tx.init(params), []
-    for grads in gradients:
-        updates, state = step(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        trajectory.append(params)
-    return np.stack(trajectory)
+    return np.stack(trajectory(tx, params, gradients)[0])
 
 
 @pytest.fixture
@@ -60,14 +53,14 @@ def test_torch(pair, problem):
 
 def keras_adam(weights, gradients, learning_rate, beta_1, beta_2, epsilon):
     """Keras's documented Adam: epsilon is the paper's epsilon hat, next to the raw root of v."""
-    m, v, trajectory = np.zeros(SHAPE), np.zeros(SHAPE), []
+    m, v, path = np.zeros(SHAPE), np.zeros(SHAPE), []
     for t, g in enumerate(gradients, start=1):
         alpha = learning_rate * np.sqrt(1 - beta_2**t) / (1 - beta_1**t)
         m += (g - m) * (1 - beta_1)
         v += (g**2 - v) * (1 - beta_2)
         weights = weights - alpha * m / (np.sqrt(v) + epsilon)
-        trajectory.append(weights)
-    return np.stack(trajectory)
+        path.append(weights)
+    return np.stack(path)
 
 
 @pytest.mark.parametrize("eps", [1e-7, 1e-2])

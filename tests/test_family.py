@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from support import TOLERANCES, matrices_only, stack, user_jit
+from support import TOLERANCES, matrices_only, plain_step, stack, user_jit
 from torch_references import Run, recorded
 
 import adam_jax
@@ -74,12 +74,7 @@ def of_transformation(tx):
     def start(params):
         state = tx.init(params)
         bitwise = next(iter(params.values())).dtype == "float32"  # float64 has a tolerance
-        jit = user_jit if bitwise else jax.jit
-        update = jit(
-            lambda params, state, grads: (
-                lambda updates, state: (optax.apply_updates(params, updates), state)
-            )(*tx.update(grads, state, params))
-        )
+        update = (user_jit if bitwise else jax.jit)(plain_step(tx))
 
         def step(params, grads):
             nonlocal state
@@ -363,7 +358,7 @@ SPECS = {
 RUNS = [spec.reference for spec in SPECS.values() if isinstance(spec.reference, Run)]
 
 
-def trajectory(start, problem):
+def path_of(start, problem):
     params = jax.tree.map(jnp.asarray, problem.params)
     step, steps = start(problem.params), []
     for t in range(STEPS):
@@ -372,12 +367,12 @@ def trajectory(start, problem):
     return {name: np.stack([step[name] for step in steps]) for name in problem.params}
 
 
-def trajectories(ours, reference, problem):
+def both_paths(ours, reference, problem):
     """Both after every step; with PyTorch after those that are recorded."""
-    path = trajectory(of_transformation(ours), problem)
+    path = path_of(of_transformation(ours), problem)
     if isinstance(reference, Run):
         return {name: path[name][reference.rows] for name in path}, recorded(reference)
-    return path, trajectory(reference, problem)
+    return path, path_of(reference, problem)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -387,7 +382,7 @@ def test_member(name, request):
     if not bitwise:
         request.getfixturevalue("x64")
     problem = problem_in("float32" if bitwise else "float64")
-    ours, theirs = trajectories(spec.ours, spec.reference, problem)
+    ours, theirs = both_paths(spec.ours, spec.reference, problem)
     rtol, atol, reason = (0, 0, "bitwise") if bitwise else TOLERANCES[spec.tolerance]
     for leaf, expected in theirs.items():
         assert np.all(np.isfinite(expected))
@@ -411,7 +406,7 @@ def test_every_member_has_a_reference():
 )
 def test_without_its_option_a_member_misses_its_reference(ours, name, x64):
     """The updates differ visibly: so the rows of the table above can fail."""
-    mine, theirs = trajectories(ours, SPECS[name].reference, problem_in("float64"))
+    mine, theirs = both_paths(ours, SPECS[name].reference, problem_in("float64"))
     for leaf in theirs:
         steps, due = (np.diff(path[leaf], axis=0) for path in (mine, theirs))
         assert np.linalg.norm(steps - due) / np.linalg.norm(due) > 0.05
@@ -458,7 +453,7 @@ each_cross = pytest.mark.parametrize("tx", CROSSES.values(), ids=CROSSES.keys())
 @each_cross
 def test_crosses_descend(tx, x64):
     problem = problem_in("float64")
-    path = trajectory(of_transformation(tx), problem)
+    path = path_of(of_transformation(tx), problem)
     first, last = (
         problem.gradient(jax.tree.map(lambda p, t=t: p[t], path), t) for t in (0, STEPS - 1)
     )
@@ -591,7 +586,7 @@ def test_the_length_of_a_moving_average(x64):
 def test_rectification_of_a_schedule_is_that_of_the_number(x64):
     problem = problem_in("float64")
     expected, ours = (
-        trajectory(of_transformation(adam_jax.radam(1e-3, b2=b2)), problem)
+        path_of(of_transformation(adam_jax.radam(1e-3, b2=b2)), problem)
         for b2 in (0.999, lambda count: 0.999)
     )
     for leaf in expected:

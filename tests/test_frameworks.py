@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
-from support import assert_close, mesh_of
+from support import assert_close, mesh_of, plain_step, refused
 
 import adam_jax
 from adam_jax import storage
@@ -136,19 +136,13 @@ def test_training_equals_optax(train, name):
 # --- The frameworks do to the numbers what a plain loop does --------------------------------------
 
 
-def plain_step(tx, params, state, grads):
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-
 @functools.cache
 def train_plainly(name, jitted):
     """Leaves of parameters and state after the steps, by the plain loop on a list of arrays."""
     tx, dtype = CASES[name].tx, CASES[name].dtype
     params = [jnp.asarray(weight, dtype) for weight in WEIGHTS]
     state = tx.init(params)
-    step = functools.partial(plain_step, tx)
-    step = jax.jit(step) if jitted else step
+    step = jax.jit(plain_step(tx)) if jitted else plain_step(tx)
     for grads in GRADS:
         params, state = step(params, state, [jnp.asarray(grad, dtype) for grad in grads])
     return params, jax.tree.leaves(state)
@@ -536,7 +530,7 @@ def test_conditional_wrappers_before_compensate(wrap, skipped, residual):
     skip = {"w": jnp.full(64, skipped, "bfloat16")}
 
     def train(tx, grads):
-        step = functools.partial(plain_step, tx)
+        step = plain_step(tx)
         here, state = params, tx.init(params)
         for grad in grads:
             here, state = step(here, state, grad)
@@ -555,7 +549,7 @@ def test_nnx_with_strict_promotion():
 def test_an_unfiltered_equinox_module_is_refused_by_name():
     """Its functions are leaves too, and the message says how to leave them out."""
     model = eqx.nn.MLP(3, 1, 8, 1, key=jax.random.key(0))
-    with pytest.raises(TypeError, match=r"the parameter at \.activation is .*equinox\.filter\("):
+    with refused(TypeError, ".activation equinox.filter"):
         adam_jax.adam(1e-2).init(model)
     adam_jax.adam(1e-2).init(eqx.filter(model, eqx.is_inexact_array))
 

@@ -11,7 +11,7 @@ import optax.contrib
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import assert_close, mesh_of
+from support import assert_close, mesh_of, refused
 from tables import STORAGES, keeping
 from torch_references import Given, Run, recorded
 
@@ -64,7 +64,7 @@ TAKEN = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step_of(side, params, states, grads):
+def updates_of(side, params, states, grads):
     with jax.numpy_dtype_promotion("standard"):
         both = {name: tx[side].update(grads, states[name], params) for name, tx in TAKEN.items()}
     return tuple({name: each[i] for name, each in both.items()} for i in (0, 1))
@@ -75,7 +75,7 @@ def steps_of(side, params, states, grads):
     emitted = []
     for i in range(len(grads["bias"])):
         grad = jax.tree.map(lambda g, i=i: g[i], grads)
-        updates, states = step_of(side, params, states, grad)
+        updates, states = updates_of(side, params, states, grad)
         emitted.append(updates)
     return emitted, states
 
@@ -179,31 +179,31 @@ def test_an_init_that_is_compiled_elsewhere_stays_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("tx", "state", "error", "message"),
+    ("tx", "state", "error", "names"),
     [
-        (adam_jax.adam(1e-2), optax.sgd(1e-2, 0.9).init(PARAMS), TypeError, "count, mu and nu"),
+        (adam_jax.adam(1e-2), optax.sgd(1e-2, 0.9).init(PARAMS), TypeError, "count mu nu"),
         (adam_jax.adam(1e-2), state_of(mu={"bias": PARAMS["bias"]}), ValueError,
-         r"needs a mu for the parameter at 'kernel', and the state has none: .*start_missing"),
+         "scale_by_moments mu 'kernel' start_missing"),
         (adam_jax.adam(1e-2), state_of(nu={**PARAMS, "bias": jnp.ones(4)}), ValueError,
-         r"nu of shape \(3,\) for the parameter at 'bias', .* has one of shape \(4,\)"),
+         "nu (3,) 'bias' (4,)"),
         (adam_jax.adam(1e-2), state_of(mu={**PARAMS, "head": jnp.ones(4)}), ValueError,
-         "a mu for scale_by_moments at 'head', and tx keeps none there"),
-        (adam_jax.lion(1e-2), state_of(), ValueError, r"a nu for .* at 'bias', 'kernel'"),
-        (optax.adam(1e-2), state_of(), ValueError, r"a mu for .* at 'bias', 'kernel'"),
+         "mu scale_by_moments 'head' tx"),
+        (adam_jax.lion(1e-2), state_of(), ValueError, "nu 'bias', 'kernel'"),
+        (optax.adam(1e-2), state_of(), ValueError, "mu 'bias', 'kernel'"),
         (adam_jax.adam(1e-2), (state_of(), state_of(count=jnp.int32(7))), ValueError,
-         "got counts of 1000000, 7"),
+         "counts 1000000, 7"),
         (optax.MultiSteps(adam_jax.adam(1e-2), 4), state_of(count=jnp.int32(8)), ValueError,
-         "got counts of 8, 2"),
+         "counts 8, 2"),
     ],
 )  # fmt: skip
-def test_wrong_use(tx, state, error, message):
-    with jax.numpy_dtype_promotion("standard"), pytest.raises(error, match=message):
+def test_wrong_use(tx, state, error, names):
+    with jax.numpy_dtype_promotion("standard"), refused(error, names):
         adam_jax.from_optax(tx, PARAMS, state)
 
 
 def test_an_optimizer_after_a_failed_take_over_starts_at_zero():
     """What the moments of one state start from is forgotten with it."""
-    with pytest.raises(ValueError, match="has none"):
+    with refused(ValueError, "nu start_missing"):
         adam_jax.from_optax(adam_jax.adam(1e-2), PARAMS, state_of(nu={}))
     assert not jnp.any(adam_jax.adam(1e-2).init(PARAMS)[0].mu["kernel"])
 
@@ -257,10 +257,10 @@ def test_an_injected_schedule_is_that_of_the_new_optimizer():
 
 def test_an_injected_rate_that_would_be_lost_is_refused():
     _, old = stepped(injected(optax, 1e-3), injected(optax, 1e-3).init(PARAMS), 3)
-    with pytest.raises(ValueError, match=r"learning_rate.*inject_hyperparams.*inner_state"):
+    with refused(ValueError, "learning_rate optax.inject_hyperparams inner_state"):
         adam_jax.from_optax(adam_jax.adam(1e-2), PARAMS, old)
     only_rate = optax.inject_hyperparams(lambda learning_rate: adam_jax.adam(learning_rate))(1e-2)
-    with pytest.raises(ValueError, match="does not inject: b1, b2, eps, eps_root"):
+    with refused(ValueError, "b1, b2, eps, eps_root optax.inject_hyperparams"):
         adam_jax.from_optax(only_rate, PARAMS, old)
     assert adam_jax.from_optax(adam_jax.adam(1e-2), PARAMS, old.inner_state)[0].count == 3
 
@@ -312,9 +312,9 @@ def test_adamax(name):
     theirs, ours = getattr(optax, name)(1e-2), getattr(adam_jax, name)(1e-2)
     expected, actual = goes_on(theirs, ours, of="adamax")
     assert_close(actual, expected, "contracted")
-    with pytest.raises(ValueError, match="of='adamax'"):
+    with refused(ValueError, "tx keeps of='adamax'"):
         goes_on(theirs, ours)
-    with pytest.raises(ValueError, match="say of='adamax' if, and only if"):
+    with refused(ValueError, "tx not keep of='adamax'"):
         goes_on(theirs, adam_jax.adam(1e-2), of="adamax")
     _, own = stepped(ours, ours.init(PARAMS), 3)
     chex.assert_trees_all_equal(adam_jax.from_optax(ours, PARAMS, own), own)
@@ -324,18 +324,18 @@ def test_adopt():
     """Its first moment averages normalized gradients, in optax and here."""
     expected, actual = goes_on(optax.contrib.adopt(1e-2), adam_jax.adopt(1e-2), of="adopt")
     assert_close(actual, expected, "contracted")
-    with pytest.raises(ValueError, match=r"normalized gradients.*'bias', 'kernel'"):
+    with refused(ValueError, "mu normalized 'bias', 'kernel'"):
         goes_on(optax.contrib.adopt(1e-2), adam_jax.adam(1e-2), of="adopt")
 
 
 @pytest.mark.parametrize("member", [adam_jax.adopt, adam_jax.laprop])
 def test_an_adam_is_no_average_of_normalized_gradients(member):
-    with pytest.raises(ValueError, match=r"normalized gradients.*of='adopt'.*tx\.init"):
+    with refused(ValueError, "mu normalized of='adopt' tx.init"):
         goes_on(optax.adam(1e-2), member(1e-2))
     own = adam_jax.adam(1e-2)
-    with pytest.raises(ValueError, match="normalized gradients"):
+    with refused(ValueError, "mu normalized"):
         adam_jax.from_optax(member(1e-2), PARAMS, own.init(PARAMS))
-    with pytest.raises(ValueError, match="normalized gradients"):
+    with refused(ValueError, "mu normalized"):
         adam_jax.from_optax(own, PARAMS, member(1e-2).init(PARAMS))
 
 
@@ -344,7 +344,7 @@ def test_a_model_that_grew(how):
     tx, grown = adam_jax.adamw(1e-2, **how), {**PARAMS, "layer": jnp.ones((64, 65))}
     grown["neck"] = jnp.ones(2)
     _, old = stepped(optax.adamw(1e-2), optax.adamw(1e-2).init(PARAMS), 3)
-    with pytest.raises(ValueError, match=r"at 'layer', 'neck'.*start_missing=True"):
+    with refused(ValueError, "'layer', 'neck' start_missing=True"):
         adam_jax.from_optax(tx, grown, old)
     taken = adam_jax.from_optax(tx, grown, old, start_missing=True)
     fresh, without = tx.init(grown), adam_jax.from_optax(tx, PARAMS, old)
@@ -428,7 +428,7 @@ def test_a_checkpoint_without_a_target(tmp_path):
         checkpointer.wait_until_finished()
         old = checkpointer.restore(tmp_path / "state")
     chex.assert_trees_all_equal(adam_jax.from_optax(tx, PARAMS, old), state, strict=True)
-    with pytest.raises(ValueError, match=r"nu for .* at .*'codes/kernel'.* the storage that"):
+    with refused(ValueError, "nu 'codes/kernel' storage"):
         adam_jax.from_optax(adam_jax.adamw(1e-2, mu_storage=storage.int8()), PARAMS, old)
 
 

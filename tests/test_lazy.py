@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from support import assert_close, make_step, mesh_of
+from support import assert_close, make_step, mesh_of, refused, trajectory
 from tables import MEMBERS, keeping
 from torch_references import STEPS, Given, Run, recorded
 
@@ -201,12 +201,12 @@ def test_nan_and_minus_zero():
 
 def steps(tx, params, gradients):
     """The parameters after every step, call by call."""
-    state, trajectory = tx.init(params), []
+    state, path = tx.init(params), []
     for grads in gradients:
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        trajectory.append(params)
-    return jnp.stack(trajectory)
+        path.append(params)
+    return jnp.stack(path)
 
 
 @pytest.fixture
@@ -228,8 +228,7 @@ def test_cutting_a_leaf_into_rows_commutes(problem):
 def test_jit_scan_vmap(problem):
     params, gradients = problem
     due = steps(LAZY, params, gradients)
-    jitted = optax.GradientTransformationExtraArgs(LAZY.init, jax.jit(LAZY.update))
-    assert_close(steps(jitted, params, gradients), due, "fused")
+    assert_close(jnp.stack(trajectory(LAZY, params, gradients)[0]), due, "fused")
     two = jnp.stack([params, params[::-1]]), jnp.stack([gradients, gradients[:, ::-1]])
     found = jax.vmap(partial(scanned, LAZY))(*two)
     assert_close(found, jnp.stack([due, due[:, ::-1]]), "fused")
@@ -388,10 +387,10 @@ def test_means_inside_a_row():
 # --- What is refused ------------------------------------------------------------------------------
 
 WITHOUT_ROWS = {
-    r"mu\.codes": adam_jax.adam(1e-3, mu_storage=storage.int4()),
-    r"mu\.scales": adam_jax.adam(1e-3, mu_storage=storage.int8()),
-    r"nu\.columns": adam_jax.adam(1e-3, nu_storage=storage.factored()),
-    r"nu\['kernel'\]": adam_jax.adam(
+    "mu.codes": adam_jax.adam(1e-3, mu_storage=storage.int4()),
+    "mu.scales": adam_jax.adam(1e-3, mu_storage=storage.int8()),
+    "nu.columns": adam_jax.adam(1e-3, nu_storage=storage.factored()),
+    "nu['kernel']": adam_jax.adam(
         1e-3, nu_storage=storage.block_mean(lambda path, shape: (shape[0], 1))
     ),
     "v_row": optax.adafactor(1e-3, min_dim_size_to_factor=32),
@@ -404,7 +403,7 @@ WITHOUT_ROWS = {
 def test_what_has_no_rows_of_a_leaf_is_refused_by_name(part, shape):
     """Before any arithmetic: from the shapes alone."""
     tx, params = adam_jax.lazy(WITHOUT_ROWS[part]), {"kernel": jnp.ones(shape)}
-    with pytest.raises(ValueError, match=rf"\['kernel'\] of shape .*{part}.*optax\.partition"):
+    with refused(ValueError, f"['kernel'] {part} optax.partition"):
         tx.update(params, tx.init(params), params)
 
 
@@ -412,7 +411,7 @@ def test_what_has_no_rows_of_a_leaf_is_refused_by_name(part, shape):
 def test_another_basis_has_other_rows(shape):
     tx, params = adam_jax.in_basis(adam_jax.basis.eigenvectors(), adam_jax.adam(1e-3)), {}
     tx, params = adam_jax.lazy(tx), {"kernel": jnp.ones(shape), "bias": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"in_basis.*optax\.partition"):
+    with refused(ValueError, "in_basis optax.partition"):
         tx.update(params, tx.init(params), params)
     vectors = {"bias": params["bias"]}
     tx.update(vectors, tx.init(vectors), vectors)
@@ -421,15 +420,15 @@ def test_another_basis_has_other_rows(shape):
 def test_a_part_of_a_chain_is_refused():
     params = jnp.ones(3)
     head = adam_jax.lazy(adam_jax.scale_by_moments())
-    with pytest.raises(TypeError, match="lazy goes around a whole chain"):
+    with refused(TypeError, "lazy chain"):
         head.update(params, head.init(params))
     tail = optax.chain(adam_jax.scale_by_moments(), adam_jax.lazy(adam_jax.bias_correct()))
-    with pytest.raises(TypeError, match="lazy takes plain updates, but got the Moments"):
+    with refused(TypeError, "lazy Moments"):
         tail.update(params, tail.init(params))
 
 
 def test_a_kernel_does_not_know_whole_rows():
     tx = adam_jax.fuse(adam_jax.lazy(adam_jax.adam(1e-3)))
     params = jnp.ones((64, 128))
-    with pytest.raises(ValueError, match="and lazy does not: it has the equation 'reduce_or'"):
+    with refused(ValueError, "lazy 'reduce_or'"):
         jax.jit(tx.update)(params, tx.init(params), params)

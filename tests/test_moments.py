@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import TOLERANCES, assert_close, random_grads, random_params, stack, user_jit
+from support import TOLERANCES, assert_close, random_grads, random_params, refused, stack, user_jit
 
 import adam_jax
 
@@ -442,9 +442,9 @@ def test_a_rule_of_ones_own():
 
 
 WRONG_RULES = {
-    "shape": (lambda grad, mu, nu, decay: nu.sum(), r"\(\) and float32"),
-    "dtype": (lambda grad, mu, nu, decay: nu.astype(jnp.bfloat16), r"\(3,\) and bfloat16"),
-    "complex": (lambda grad, mu, nu, decay: nu.astype("complex64"), r"\(3,\) and complex64"),
+    "shape": (lambda grad, mu, nu, decay: nu.sum(), "()"),
+    "dtype": (lambda grad, mu, nu, decay: nu.astype(jnp.bfloat16), "bfloat16"),
+    "complex": (lambda grad, mu, nu, decay: nu.astype("complex64"), "complex64"),
     "nothing": (lambda grad, mu, nu, decay: None, "None"),
     "number": (lambda grad, mu, nu, decay: 1.0, "1.0"),
 }
@@ -456,10 +456,7 @@ def test_a_rule_that_keeps_neither_shape_nor_dtype(rule, returned, wrap):
     """At the first update, not at the second, where the gradients would be blamed."""
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
     stage = adam_jax.scale_by_moments(second_moment=rule)
-    message = (
-        rf"^second_moment must keep .* \(3,\) and float32, but at \['a'\] it returned {returned}"
-    )
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, f"second_moment (3,) float32 ['a'] {returned}"):
         wrap(stage.update)(params, stage.init(params))
 
 

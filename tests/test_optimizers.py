@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import matrices_only, random_grads, random_params
+from support import matrices_only, random_grads, random_params, refused
 
 import adam_jax
 from adam_jax import storage
@@ -109,7 +109,7 @@ def test_mu_dtype_is_a_dtype_for_mu_storage(name):
     states = by_dtype.init(params), by_storage.init(params)
     assert jnp.dtype("bfloat16") in {leaf.dtype for leaf in jax.tree.leaves(states[0])}
     chex.assert_trees_all_equal_shapes_and_dtypes(*states)
-    with pytest.raises(ValueError, match="mu_dtype and mu_storage both say how to keep the first"):
+    with refused(ValueError, "mu_dtype mu_storage"):
         MEMBERS[name](0.1, mu_dtype="bfloat16", mu_storage=storage.int8())
 
 
@@ -140,40 +140,34 @@ def test_signatures_are_short(name):
 
 
 NAMED = {
-    "lion's b2": (lambda: adam_jax.lion(0.1, b2=1.5), r"^b2 must be in \[0, 1\)"),
-    "rmsprop's decay": (lambda: adam_jax.rmsprop(0.1, decay=1.0), r"^decay must be in \[0, 1\)"),
-    "adagrad's start": (lambda: adam_jax.adagrad(0.1, -1.0), "^initial_accumulator_value must be"),
-    "rmsprop's start": (lambda: adam_jax.rmsprop(0.1, initial_scale=-1), "^initial_scale must be"),
-    "the decay": (lambda: adam_jax.adam(0.1, weight_decay=-1.0), "^weight_decay must be finite"),
-    "a momentum": (lambda: adam_jax.momentum(0.1, 1.0), r"^momentum must be in \[0, 1\)"),
-    "a schedule of momentum": (lambda: adam_jax.sgd(0.1, abs), "^momentum must be a number or a 0"),
-    "a decay that is text": (
-        lambda: adam_jax.adamw(0.1, weight_decay="w"),
-        "^weight_decay must be",
-    ),
-    "a mask": (
-        lambda: adam_jax.adamw(0.1, mask="w"),
-        "^mask must be a tree of booleans, or a funct",
-    ),
+    "lion's b2": (lambda: adam_jax.lion(0.1, b2=1.5), "b2 1.5"),
+    "rmsprop's decay": (lambda: adam_jax.rmsprop(0.1, decay=1.0), "decay 1.0"),
+    "adagrad's start": (lambda: adam_jax.adagrad(0.1, -1.0), "initial_accumulator_value -1.0"),
+    "rmsprop's start": (lambda: adam_jax.rmsprop(0.1, initial_scale=-1), "initial_scale -1"),
+    "the decay": (lambda: adam_jax.adam(0.1, weight_decay=-1.0), "weight_decay -1.0"),
+    "a momentum": (lambda: adam_jax.momentum(0.1, 1.0), "momentum 1.0"),
+    "a schedule of momentum": (lambda: adam_jax.sgd(0.1, abs), "momentum number abs"),
+    "a decay that is text": (lambda: adam_jax.adamw(0.1, weight_decay="w"), "weight_decay 'w'"),
+    "a mask": (lambda: adam_jax.adamw(0.1, mask="w"), "mask booleans 'w'"),
     "momentum_decay": (
         lambda: adam_jax.nadam(0.1, momentum_decay=0.1, nesterov=False),
-        "^momentum_decay needs nesterov=True",
+        "momentum_decay nesterov=True",
     ),
 }
 
 
-@pytest.mark.parametrize(("build", "message"), NAMED.values(), ids=NAMED.keys())
-def test_errors_name_the_argument_of_the_member(build, message):
+@pytest.mark.parametrize(("build", "names"), NAMED.values(), ids=NAMED.keys())
+def test_errors_name_the_argument_of_the_member(build, names):
     """And not that of the stage which gets it."""
-    with pytest.raises((ValueError, TypeError), match=message):
+    with refused((ValueError, TypeError), names):
         build()
 
 
 @each_member
 def test_errors_of_a_call_are_those_of_python(name):
-    with pytest.raises(TypeError, match=rf"^{name}\(\) missing 1 required positional argument"):
+    with refused(TypeError, f"{name}() missing 1"):
         MEMBERS[name]()
-    with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'lr'"):
+    with refused(TypeError, f"{name}() 'lr'"):
         MEMBERS[name](lr=0.1)
 
 
@@ -252,15 +246,13 @@ def test_a_decay_schedule_is_the_number_at_every_step(name):
 @pytest.mark.parametrize("mask", [None, matrices_only, {"w": True, "b": False}])
 def test_decay_without_parameters(mask):
     tx = adam_jax.adamw(0.1, mask=mask)
-    with pytest.raises(ValueError, match="decay_weights needs the parameters: pass params"):
+    with refused(ValueError, "decay_weights params"):
         tx.update(DECAYED, tx.init(DECAYED))
 
 
 @each_member
 def test_a_mask_without_decay(name):
-    with pytest.raises(
-        ValueError, match=r"^mask says which leaves decay, but weight_decay is None"
-    ):
+    with refused(ValueError, "mask weight_decay None"):
         MEMBERS[name](0.1, weight_decay=None, mask=matrices_only)
 
 
@@ -349,10 +341,10 @@ def test_the_derivative_at_a_zero_gradient_is_finite(name):
 
 @pytest.mark.parametrize("nu_storage", [storage.int8(), "bfloat16", jnp.float32])
 def test_a_centered_rmsprop_keeps_its_moments_in_full(nu_storage):
-    with pytest.raises(ValueError, match="leave nu_storage None"):
+    with refused(ValueError, "nu_storage None"):
         adam_jax.rmsprop(0.1, centered=True, nu_storage=nu_storage)
     adam_jax.rmsprop(0.1, nu_storage=nu_storage)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'mu_storage'"):
+    with refused(TypeError, "'mu_storage'"):
         adam_jax.rmsprop(0.1, mu_storage=nu_storage)
 
 
@@ -385,14 +377,14 @@ ACCEPTED = [("sgd", "missing"), ("sgd", "none"), ("sgd, decay", "none")]
 def test_gradients_that_do_not_match_the_parameters(name, wrong):
     tx = DESCENTS[name]
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"got gradients that do not match.*leaf at .*'w'"):
+    with refused(ValueError, "gradients 'w'"):
         jax.jit(tx.update)(WRONG[wrong], state, PARAMS)
 
 
 @pytest.mark.parametrize("grads", WRONG.values(), ids=WRONG.keys())
 def test_a_sum_remembers_the_parameters(grads):
     tx = adam_jax.momentum(0.1)
-    with pytest.raises(ValueError, match=r"leaf at .*'w'"):
+    with refused(ValueError, "gradients 'w'"):
         tx.update(grads, tx.init(PARAMS))
 
 
@@ -416,7 +408,7 @@ def test_python_numbers_are_parameters():
 @pytest.mark.parametrize("tx", DESCENTS.values(), ids=DESCENTS.keys())
 def test_moments_are_no_gradients(tx):
     wrong = optax.chain(adam_jax.scale_by_moments(), tx)
-    with pytest.raises(TypeError, match=r"takes plain updates.*put adam_jax.bias_correct"):
+    with refused(TypeError, "Moments adam_jax.bias_correct"):
         wrong.update(PARAMS, wrong.init(PARAMS), PARAMS)
 
 
@@ -436,7 +428,7 @@ def test_a_sum_kept_in_bfloat16_is_computed_in_float32(nesterov):
 
 
 def test_a_sum_is_not_kept_in_integers():
-    with pytest.raises(ValueError, match="dtype must be a floating-point or complex"):
+    with refused(ValueError, "dtype floating-point complex"):
         adam_jax.momentum(0.1, accumulator_dtype="int8")
 
 
@@ -464,7 +456,7 @@ FLAGS = [
 @pytest.mark.parametrize("value", [1e-7, 1, None, "False", jnp.asarray(True)], ids=repr)
 def test_a_flag_is_a_boolean(name, flag, value):
     others = {"momentum": 0.9} if (name, flag) == ("sgd", "nesterov") else {}
-    with pytest.raises(TypeError, match=f"^{flag} must be True or False, got "):
+    with refused(TypeError, f"{flag} True False"):
         MEMBERS[name](0.1, **{flag: value}, **others)
 
 

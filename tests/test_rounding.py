@@ -8,7 +8,7 @@ import optax
 import pytest
 import tables
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from support import random_params
+from support import plain_step, random_params, refused
 
 import adam_jax
 
@@ -165,7 +165,7 @@ def test_a_residual_without_a_gradient(residual):
     tx = adam_jax.compensate(residual)
     params = {"w": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(2)}
     for name in params:
-        with pytest.raises(ValueError, match=rf"^compensate got a state .*\['{name}'\]"):
+        with refused(ValueError, f"compensate state ['{name}']"):
             tx.update(params | {name: None}, tx.init(params), params)
 
 
@@ -201,11 +201,7 @@ def test_at_the_end_of_an_optimizer(name):
     rng = np.random.default_rng(0)
     grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)] * 3
 
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            return optax.apply_updates(params, updates), state
+    step = jax.jit(plain_step(optimizer))
 
     def trained(params, grads):
         state = optimizer.init(params)
@@ -261,7 +257,7 @@ def test_finite_numbers_pass_the_debug_switches(tx, dtype):
 def test_eight_bits_are_refused(tx):
     """By `init`, which names the leaf."""
     params = {"a": {"w": jnp.ones(3, "float8_e4m3fn"), "b": jnp.ones(3, "bfloat16")}}
-    with pytest.raises(TypeError, match=r"the one at \['a'\]\['w'\] is float8_e4m3fn"):
+    with refused(TypeError, "['a']['w'] float8_e4m3fn"):
         tx.init(params)
     tx.init({"a": {"b": params["a"]["b"]}})
 
@@ -269,24 +265,24 @@ def test_eight_bits_are_refused(tx):
 @each_stage
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    ("update", "found"),
+    ("update", "names"),
     [
-        (jnp.ones(4), r"\['w'\] was real of shape \(3,\) there.* real of shape \(4,\)"),
-        (jnp.ones(1), r"\['w'\] was real of shape \(3,\) there.* real of shape \(1,\)"),
-        (jnp.ones(()), r"\['w'\] was real of shape \(3,\) there.* real of shape \(\)"),
-        (jnp.ones(3, "complex64"), r"\['w'\] was real of shape \(3,\) there.* is complex"),
-        ("missing", r"\['w'\] was real of shape \(3,\) there, and its gradient is nothing"),
-        ("one more", r"\['c'\] was nothing there, and its gradient is real of shape \(1,\)"),
+        (jnp.ones(4), "['w'] (3,) (4,)"),
+        (jnp.ones(1), "['w'] (3,) (1,)"),
+        (jnp.ones(()), "['w'] (3,) ()"),
+        (jnp.ones(3, "complex64"), "['w'] real (3,) complex"),
+        ("missing", "['w'] (3,) nothing"),
+        ("one more", "['c'] nothing (1,)"),
     ],
 )
-def test_updates_of_another_shape(tx, dtype, update, found):
+def test_updates_of_another_shape(tx, dtype, update, names):
     params = {"w": jnp.ones(3, dtype), "b": jnp.ones(2)}
     updates = {"w": update, "b": jnp.ones(2)}
     if isinstance(update, str):
         updates.pop("w")
         updates |= {} if update == "missing" else {"w": jnp.ones(3), "c": jnp.ones(1)}
     stage = "compensate" if "residual" in tx.init(params)._fields else "round_stochastically"
-    with pytest.raises(ValueError, match=f"^{stage} got gradients that.*{found}"):
+    with refused(ValueError, f"{stage} gradients {names}"):
         tx.update(updates, tx.init(params), params)
 
 
@@ -304,8 +300,7 @@ def test_updates_of_another_shape(tx, dtype, update, found):
 def test_the_residual_of_other_parameters(residual, was, now):
     """It would be added to all of them, or, where there is none, the rounding left out."""
     tx = adam_jax.compensate(residual)
-    message = rf"^compensate got a state .*\['w'\], where {now.dtype} of shape \(3,\)"
-    with pytest.raises(ValueError, match=message):
+    with refused(ValueError, f"compensate state ['w'] {now.dtype} (3,)"):
         tx.update({"w": jnp.ones(3)}, tx.init({"w": was}), {"w": now})
 
 
@@ -315,33 +310,25 @@ def moments_then(stage):
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    ("call", "error", "names"),
     [
-        (lambda: adam_jax.compensate("int4"), ValueError, "residual must be"),
-        (lambda: adam_jax.round_stochastically(1.5), TypeError, "seed must be an integer, got 1.5"),
-        (lambda: adam_jax.round_stochastically(True), TypeError, "seed must be an integer"),
+        (lambda: adam_jax.compensate("int4"), ValueError, "residual 'int4'"),
+        (lambda: adam_jax.round_stochastically(1.5), TypeError, "seed integer 1.5"),
+        (lambda: adam_jax.round_stochastically(True), TypeError, "seed integer True"),
         (
             lambda: adam_jax.compensate().update(jnp.ones(1), adam_jax.CompensateState(None)),
             ValueError,
-            r"^compensate needs the parameters: pass params to update\(\)",
+            "compensate params update()",
         ),
         (
             lambda: adam_jax.round_stochastically().update(jnp.ones(1), None),
             ValueError,
-            r"^round_stochastically needs the parameters: pass params to update\(\)",
+            "round_stochastically params update()",
         ),
-        (
-            moments_then(adam_jax.round_stochastically()),
-            TypeError,
-            "^round_stochastically takes plain updates, but got the Moments",
-        ),
-        (
-            moments_then(adam_jax.compensate()),
-            TypeError,
-            "^compensate takes plain updates, but got the Moments",
-        ),
+        (moments_then(adam_jax.round_stochastically()), TypeError, "round_stochastically Moments"),
+        (moments_then(adam_jax.compensate()), TypeError, "compensate Moments"),
     ],
 )
-def test_wrong_calls(call, error, message):
-    with pytest.raises(error, match=message):
+def test_wrong_calls(call, error, names):
+    with refused(error, names):
         call()

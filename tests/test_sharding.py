@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from support import assert_close, matrices_only, mesh_of, user_jit
+from support import assert_close, matrices_only, mesh_of, refused, user_jit
 from tables import keeping
 
 import adam_jax
@@ -222,7 +222,7 @@ def floats(tree, sharding):
     return jax.tree.map(lambda x: jax.device_put(np.float32(x), sharding), tree)
 
 
-def step_of(tx):
+def training_step(tx):
     def loss(params, batch):
         return jnp.sum((batch["x"] @ params["kernel"] + params["bias"][None]) * batch["weights"])
 
@@ -276,13 +276,13 @@ def test_zero(kind, name):
 
     # The gradients are added up once, the weights gathered once, and there is nothing else.
     out = jax.tree.map(lambda p: p.sharding, params), shardings
-    step = user_jit(step_of(tx), donate_argnums=(0, 1), out_shardings=out)
+    step = user_jit(training_step(tx), donate_argnums=(0, 1), out_shardings=out)
     batches = [floats(batch, rows) for batch in BATCHES]
     step = step.lower(params, state, batches[0]).compile()
     elements = sum(leaf.size for leaf in START.values())
     assert collectives(step) == {"all-reduce": elements, "all-gather": elements}
 
-    alone, one = user_jit(step_of(tx)), jax.devices()[0]
+    alone, one = user_jit(training_step(tx)), jax.devices()[0]
     expected = floats(START, one)
     expected = expected, user_jit(tx.init)(expected)
     for here, there in zip(batches, BATCHES, strict=True):
@@ -391,18 +391,18 @@ def other_mesh():
 
 
 @pytest.mark.parametrize(
-    ("params", "zero", "message"),
+    ("params", "zero", "names"),
     [
-        (lambda: {"a": ON_MODEL}, "batch", r"zero must be .* \('data', 'model'\), got 'batch'"),
-        (lambda: {"a": ON_MODEL}, True, r"zero must be .*, got True"),
-        (lambda: {"a": ON_MODEL, "b": np.ones(3)}, None, r"the one at \['b'\] has no sharding"),
-        (lambda: {"b": jnp.ones(3)}, None, r"the one at \['b'\] has SingleDeviceSharding"),
-        (lambda: {"a": ON_MODEL, "b": other_mesh()}, None, r"at \['b'\] lies on .* at \['a'\] on"),
-        (lambda: {"a": None}, None, "needs a parameter"),
+        (lambda: {"a": ON_MODEL}, "batch", "zero ('data', 'model') 'batch'"),
+        (lambda: {"a": ON_MODEL}, True, "zero True"),
+        (lambda: {"a": ON_MODEL, "b": np.ones(3)}, None, "['b'] no sharding"),
+        (lambda: {"b": jnp.ones(3)}, None, "['b'] SingleDeviceSharding"),
+        (lambda: {"a": ON_MODEL, "b": other_mesh()}, None, "['b'] ['a']"),
+        (lambda: {"a": None}, None, "parameter"),
     ],
 )
-def test_wrong_use(params, zero, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_use(params, zero, names):
+    with refused(ValueError, names):
         adam_jax.state_shardings(TX, params(), zero=zero)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tables
-from support import assert_close, assert_names
+from support import assert_close, refused
 from tables import MEMBERS
 
 import adam_jax
@@ -36,180 +36,125 @@ BUILDING = {
     "eps by position": (
         lambda: adam_jax.bias_correct(0.9, 0.999),
         TypeError,
-        "bias_correct() takes 0 positional arguments but 2 were given",
+        "bias_correct() positional 2",
     ),
     "eps of normalize by position": (
         lambda: adam_jax.normalize(1e-8),
         TypeError,
-        "normalize() takes 0 positional arguments but 1 was given",
+        "normalize() positional 1",
     ),
-    "b1 of 1": (
-        lambda: adam_jax.scale_by_moments(b1=1.0),
-        ValueError,
-        "b1 must be in [0, 1), got 1.0.",
-    ),
-    "b2 below 0": (
-        lambda: adam_jax.adam(1e-3, b2=-0.1),
-        ValueError,
-        "b2 must be in [0, 1), got -0.1.",
-    ),
-    "b1 not a number": (
-        lambda: adam_jax.scale_by_moments(b1=math.nan),
-        ValueError,
-        "b1 must be in [0, 1), got nan.",
-    ),
+    "b1 of 1": (lambda: adam_jax.scale_by_moments(b1=1.0), ValueError, "b1 1.0"),
+    "b2 below 0": (lambda: adam_jax.adam(1e-3, b2=-0.1), ValueError, "b2 -0.1"),
+    "b1 not a number": (lambda: adam_jax.scale_by_moments(b1=math.nan), ValueError, "b1 nan"),
     "b1 and b2 in a tuple, as in torch": (
         lambda: adam_jax.adam(1e-3, (0.9, 0.999)),
         TypeError,
-        "b1 must be a number, a 0-d array or a schedule, got (0.9, 0.999).",
+        "b1 schedule (0.9,",
     ),
-    "eps not a number": (
-        lambda: adam_jax.bias_correct(eps=math.nan),
-        ValueError,
-        "eps must be finite and at least 0, got nan.",
-    ),
-    "eps infinite": (
-        lambda: adam_jax.adam(1e-3, eps=math.inf),
-        ValueError,
-        "eps must be finite and at least 0, got inf.",
-    ),
-    "eps_root below 0": (
-        lambda: adam_jax.normalize(eps_root=-1e-8),
-        ValueError,
-        "eps_root must be finite and at least 0, got -1e-08.",
-    ),
-    "eps a schedule": (
-        lambda: adam_jax.bias_correct(eps=abs),
-        TypeError,
-        "eps must be a number or a 0-d array, got <built-in function abs>.",
-    ),
-    "eps missing": (
-        lambda: adam_jax.bias_correct(eps=None),
-        TypeError,
-        "eps must be a number or a 0-d array, got None.",
-    ),
+    "eps not a number": (lambda: adam_jax.bias_correct(eps=math.nan), ValueError, "eps nan"),
+    "eps infinite": (lambda: adam_jax.adam(1e-3, eps=math.inf), ValueError, "eps inf"),
+    "eps_root below 0": (lambda: adam_jax.normalize(eps_root=-1e-8), ValueError, "eps_root -1e-08"),
+    "eps a schedule": (lambda: adam_jax.bias_correct(eps=abs), TypeError, "eps abs"),
+    "eps missing": (lambda: adam_jax.bias_correct(eps=None), TypeError, "eps None"),
     "learning rate a word": (
         lambda: adam_jax.scale_by_lr("fast"),
         TypeError,
-        "learning_rate must be a number, a 0-d array or a schedule, got 'fast'.",
+        "learning_rate schedule 'fast'",
     ),
     "learning rate with its own minus": (
         lambda: adam_jax.scale_by_lr(-1e-3),
         ValueError,
-        "learning_rate must be finite and at least 0, got -0.001.",
+        "learning_rate -0.001",
     ),
-    "learning rate True": (
-        lambda: adam_jax.adam(True),
-        TypeError,
-        "learning_rate must be a number, a 0-d array or a schedule, got True.",
-    ),
+    "learning rate True": (lambda: adam_jax.adam(True), TypeError, "learning_rate schedule True"),
     "weight decay below 0": (
         lambda: adam_jax.adamw(1e-3, weight_decay=-0.1),
         ValueError,
-        "weight_decay must be finite and at least 0, got -0.1.",
+        "weight_decay -0.1",
     ),
     "learning rate for every leaf": (
         lambda: adam_jax.scale_by_lr(jnp.ones(3)),
         ValueError,
-        "learning_rate must be a scalar, got an array of shape (3,).",
+        "learning_rate scalar (3,)",
     ),
     "b1 an array of bool": (
         lambda: adam_jax.scale_by_moments(jnp.asarray(True)),
         TypeError,
-        "b1 must be floating point, got bool.",
+        "b1 bool",
     ),
     "b2 in bfloat16": (
         lambda: adam_jax.scale_by_moments(b2=jnp.asarray(0.999, jnp.bfloat16)),
         ValueError,
-        "b2 must be at least float32, got bfloat16, which rounds 0.999 to 1. With "
-        "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32.",
+        "b2 float32 bfloat16 0.999 optax.inject_hyperparams hyperparam_dtype=jnp.float32",
     ),
     "mu_dtype an integer": (
         lambda: adam_jax.adam(1e-3, mu_dtype="int8"),
         TypeError,
-        "mu_storage must be a Storage, such as adam_jax.storage.int8(), or a floating-point dtype, "
-        "got 'int8'.",
+        "mu_storage adam_jax.storage.int8() 'int8'",
     ),
     "nu_storage complex": (
         lambda: adam_jax.adam(1e-3, nu_storage="complex64"),
         TypeError,
-        "nu_storage must be a Storage, such as adam_jax.storage.int8(), or a floating-point dtype, "
-        "got 'complex64'.",
+        "nu_storage adam_jax.storage.int8() 'complex64'",
     ),
-    "neither moment": (
-        lambda: adam_jax.scale_by_moments(None, None),
-        ValueError,
-        "b1 and b2 are both None: there is no moment left to keep.",
-    ),
+    "neither moment": (lambda: adam_jax.scale_by_moments(None, None), ValueError, "b1 b2 None"),
     "initial_nu below 0": (
         lambda: adam_jax.adagrad(0.1, -1.0),
         ValueError,
-        "initial_accumulator_value must be finite and at least 0, got -1.0.",
+        "initial_accumulator_value -1.0",
     ),
-    "interpolate beyond the average": (
-        lambda: adam_jax.interpolate(1.5),
-        ValueError,
-        "b1 must be in [0, 1), got 1.5.",
-    ),
+    "interpolate beyond the average": (lambda: adam_jax.interpolate(1.5), ValueError, "b1 1.5"),
     "a threshold without a root": (
         lambda: adam_jax.rectify(threshold=3),
         ValueError,
-        "threshold must be at least 4, got 3.0.",
+        "threshold 4 3.0",
     ),
     "a threshold without a root, an array": (
         lambda: adam_jax.rectify(threshold=jnp.float32(3)),
         ValueError,
-        "threshold must be at least 4, got 3.0.",
+        "threshold 4 3.0",
     ),
     "a momentum for the stage nesterov": (
         lambda: adam_jax.nesterov(0.9),
         TypeError,
-        "momentum must be a schedule or None, got 0.9.",
+        "momentum schedule 0.9",
     ),
     "a constant limit": (
         lambda: adam_jax.clip_by_schedule(1.0),
         TypeError,
-        "limit must be a schedule, got 1.0; for a constant use optax.clip.",
+        "limit schedule 1.0 optax.clip",
     ),
     "epsilon hat of a corrected maximum": (
         lambda: adam_jax.amsgrad(1e-3, eps_hat=True),
         ValueError,
-        "eps_hat joins the raw second moment: it needs max_before_correction=True, as in Keras.",
+        "eps_hat max_before_correction=True",
     ),
     "Dozat's schedule of a schedule": (
         lambda: adam_jax.nadam(1e-3, b1=abs, momentum_decay=4e-3),
         ValueError,
-        "momentum_decay needs nesterov=True and a b1 that is no schedule.",
+        "momentum_decay b1 schedule",
     ),
     "a correction that nesterov implies": (
         lambda: adam_jax.amsgrad(1e-3, nesterov=True, bias_correction_mu=False),
         ValueError,
-        "eps_hat and nesterov imply the bias correction: leave it on.",
+        "eps_hat nesterov correction",
     ),
-    "b2 of adopt": (
-        lambda: adam_jax.adopt(1e-3, b2=1.0),
-        ValueError,
-        "b2 must be in [0, 1), got 1.0.",
-    ),
+    "b2 of adopt": (lambda: adam_jax.adopt(1e-3, b2=1.0), ValueError, "b2 1.0"),
     "a mask for no decay": (
         lambda: adam_jax.adam(1e-3, mask=True),
         ValueError,
-        "mask says which leaves decay, but weight_decay is None.",
+        "mask weight_decay None",
     ),
     "a look ahead along no momentum": (
         lambda: adam_jax.sgd(0.1, nesterov=True),
         ValueError,
-        "nesterov looks ahead along the momentum, but momentum is None.",
+        "nesterov momentum None",
     ),
-    "a momentum below 0": (
-        lambda: adam_jax.momentum(0.1, -0.9),
-        ValueError,
-        "momentum must be in [0, 1), got -0.9.",
-    ),
+    "a momentum below 0": (lambda: adam_jax.momentum(0.1, -0.9), ValueError, "momentum -0.9"),
     "the rule called": (
         lambda: adam_jax.scale_by_moments(second_moment=0.999),
         TypeError,
-        "second_moment must be a function (grad, mu, nu, decay) -> nu, got 0.999.",
+        "second_moment function 0.999",
     ),
 }
 
@@ -219,14 +164,12 @@ RUNNING = {
             optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_lr(1e-3)), PARAMS
         ),
         TypeError,
-        "scale_by_lr takes plain updates, but got the Moments of adam_jax.scale_by_moments at "
-        "['dense']['bias']: put adam_jax.bias_correct(...) between the two.",
+        "scale_by_lr Moments ['dense']['bias'] adam_jax.bias_correct",
     ),
     "bias_correct first": (
         lambda: updated(optax.chain(adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-3)), PARAMS),
         TypeError,
-        "bias_correct takes the Moments that adam_jax.scale_by_moments emits, but got a plain "
-        "update at ['dense']['bias']: put adam_jax.scale_by_moments(...) before bias_correct.",
+        "bias_correct Moments ['dense']['bias'] adam_jax.scale_by_moments",
     ),
     "bias_correct twice": (
         lambda: updated(
@@ -236,131 +179,117 @@ RUNNING = {
             PARAMS,
         ),
         TypeError,
-        "bias_correct takes the Moments that adam_jax.scale_by_moments emits, but got a plain "
-        "update at ['dense']['bias']: put adam_jax.scale_by_moments(...) before bias_correct.",
+        "bias_correct Moments ['dense']['bias'] adam_jax.scale_by_moments",
     ),
     "moments of moments": (
         lambda: updated(
             optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_moments()), PARAMS
         ),
         TypeError,
-        "scale_by_moments takes plain updates, but got the Moments of adam_jax.scale_by_moments at "
-        "['dense']['bias']: put adam_jax.bias_correct(...) between the two.",
+        "scale_by_moments Moments ['dense']['bias'] adam_jax.bias_correct",
     ),
     "debias of a bare array": (
         lambda: updated(adam_jax.debias(), jnp.ones(2), jnp.ones(2)),
         TypeError,
-        "debias takes the Moments that adam_jax.scale_by_moments emits, but got a plain update: "
-        "put adam_jax.scale_by_moments(...) before debias.",
+        "debias Moments adam_jax.scale_by_moments",
     ),
     "nothing to divide by": (
         lambda: updated(
             optax.chain(adam_jax.scale_by_moments(0.9, None), adam_jax.bias_correct()), PARAMS
         ),
         TypeError,
-        "There is no second moment: give adam_jax.scale_by_moments a b2, or step along the first "
-        "moment with adam_jax.first_moment().",
+        "adam_jax.scale_by_moments b2 adam_jax.first_moment()",
     ),
     "nothing to interpolate": (
         lambda: updated(
             optax.chain(adam_jax.scale_by_moments(None, 0.9), adam_jax.interpolate(0.9)), PARAMS
         ),
         TypeError,
-        "There is no first moment: give adam_jax.scale_by_moments a b1.",
+        "adam_jax.scale_by_moments b1",
     ),
     "adamw without params": (
         lambda: updated(adam_jax.adamw(1e-3), PARAMS, pass_params=False),
         ValueError,
-        "decay_weights needs the parameters: pass params to update().",
+        "decay_weights params update()",
     ),
     "integer parameters": (
         lambda: adam_jax.adam(1e-3).init({"step": jnp.asarray(3), "w": jnp.ones(2)}),
         TypeError,
-        "scale_by_moments optimizes floating-point and complex parameters, but the parameter at "
-        "['step'] is int32: leave it out with optax.masked or optax.partition.",
+        "scale_by_moments ['step'] int32 optax.masked optax.partition",
     ),
     "complex parameter, real mu_dtype": (
         lambda: adam_jax.adam(1e-3, mu_dtype="bfloat16").init({"w": jnp.ones(2, "complex64")}),
         TypeError,
-        "mu of the parameter at 'w' is complex64 and cannot be kept in bfloat16: treat this "
-        "parameter apart with optax.partition.",
+        "mu 'w' complex64 bfloat16 optax.partition",
     ),
     "a gradient missing": (
         lambda: updated(adam_jax.adam(1e-3), without("bias")),
         ValueError,
-        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
-        "['dense']['bias'] was real of shape (3,) there, and its gradient is nothing.",
+        "scale_by_moments ['dense']['bias'] (3,) nothing init()",
     ),
     "a gradient too many": (
         lambda: updated(adam_jax.adam(1e-3), PARAMS | {"head": jnp.ones(1)}),
         ValueError,
-        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
-        "['head'] was nothing there, and its gradient is real of shape (1,).",
+        "scale_by_moments ['head'] nothing (1,) init()",
     ),
     "a None gradient": (
         lambda: updated(adam_jax.adam(1e-3), with_bias(None)),
         ValueError,
-        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
-        "['dense']['bias'] was real of shape (3,) there, and its gradient is None.",
+        "scale_by_moments ['dense']['bias'] (3,) None init()",
     ),
     "a gradient that would broadcast": (
         lambda: updated(adam_jax.adam(1e-3), with_bias(jnp.ones(1))),
         ValueError,
-        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
-        "['dense']['bias'] was real of shape (3,) there, and its gradient is real of shape (1,).",
+        "scale_by_moments 'dense/bias' float32[3] (1,) init()",
     ),
     "a complex gradient": (
         lambda: updated(adam_jax.adam(1e-3), with_bias(jnp.ones(3, "complex64"))),
         ValueError,
-        "scale_by_moments got gradients that do not match the parameters of init(): the leaf at "
-        "['dense']['bias'] was real of shape (3,) there, and its gradient is complex of shape "
-        "(3,).",
+        "scale_by_moments 'dense/bias' float32[3] complex64[3] init()",
     ),
     "a schedule of rates for every leaf": (
         lambda: updated(adam_jax.adam(lambda count: jnp.ones(3)), PARAMS),
         ValueError,
-        "learning_rate must be a scalar, got an array of shape (3,).",
+        "learning_rate scalar (3,)",
     ),
     "a schedule in float16": (
         lambda: updated(adam_jax.adam(1e-3, b1=lambda count: np.float16(0.9)), PARAMS),
         ValueError,
-        "b1 must be at least float32, got float16, which rounds 0.999 to 0.999023. With "
-        "optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32.",
+        "b1 float32 float16 0.999023 optax.inject_hyperparams hyperparam_dtype=jnp.float32",
     ),
 }
 
 
 @pytest.mark.parametrize("case", [*BUILDING.values(), *RUNNING.values()], ids=[*BUILDING, *RUNNING])
 def test_wrong_calls(case):
-    call, error, message = case
-    with pytest.raises(error) as caught:
+    call, error, names = case
+    with refused(error, names):
         call()
-    assert_names(caught.value, message)
 
 
 @pytest.mark.parametrize(
     "stage", [adam_jax.running_max(), adam_jax.center(), adam_jax.floor(eps=1.0), adam_jax.atan2()]
 )
 def test_no_second_moment(stage):
-    with pytest.raises(TypeError, match="There is no second moment"):
+    with refused(TypeError, "second moment b2"):
         updated(optax.chain(adam_jax.scale_by_moments(0.9, None), stage), PARAMS)
 
 
 def test_center_needs_a_first_moment():
-    with pytest.raises(TypeError, match="There is no first moment"):
+    with refused(TypeError, "first moment b1"):
         updated(optax.chain(adam_jax.scale_by_moments(None, 0.9), adam_jax.center()), PARAMS)
 
 
 def test_messages_under_jit_are_the_same():
     tx = optax.chain(adam_jax.scale_by_moments(), adam_jax.scale_by_lr(1e-3))
-    with pytest.raises(TypeError, match=r"put adam_jax.bias_correct\(...\) between the two"):
+    with refused(TypeError, "scale_by_lr adam_jax.bias_correct"):
         jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
 
 
 def test_other_containers_are_refused():
     """The leaves agree, the containers do not."""
     tx = adam_jax.adam(1e-3)
-    with pytest.raises(ValueError, match=r"another tree than init\(\)"):
+    with refused(ValueError, "tree init()"):
         tx.update((jnp.ones(2),), tx.init([jnp.ones(2)]))
 
 
@@ -491,7 +420,7 @@ def test_what_is_not_one():
 
 
 def test_a_second_delay_is_refused():
-    with pytest.raises(TypeError, match="delay takes up what came into scale_by_moments"):
+    with refused(TypeError, "delay scale_by_moments"):
         next(after([adam_jax.delay(), adam_jax.delay()], (0.9, 0.999)))
 
 
@@ -544,6 +473,10 @@ BETWEEN = {
 }
 
 
+# Where to put a stage that does arithmetic.
+TOLD = TypeError, "Moments optax.scale optax.clip adam_jax.scale_by_moments adam_jax.bias_correct"
+
+
 @pytest.mark.parametrize("wrap", [jax.jit, lambda update: update], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", BETWEEN)
 def test_stages_of_optax_between_the_moments_and_their_division(name, wrap):
@@ -559,26 +492,16 @@ def test_stages_of_optax_between_the_moments_and_their_division(name, wrap):
             np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-6)
             np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-6)
             return
-        with pytest.raises((TypeError, ValueError, AttributeError)) as caught:
+        errors = (TypeError, ValueError, AttributeError), ""
+        with refused(*(TOLD if outcome == "told" else errors)):
             wrap(tx.update)(PAIR, state, PAIR)
-    if outcome == "told":
-        assert type(caught.value) is TypeError
-        assert_names(
-            caught.value,
-            (
-                "Moments that a stage in between took for updates and "
-                "did arithmetic on, such as optax.scale or optax.clip: put it before "
-                "adam_jax.scale_by_moments(...), where it acts on the gradients, or after "
-                "adam_jax.bias_correct(...), where it acts on the update."
-            ),
-        )
 
 
 @pytest.mark.parametrize("stage", [optax.scale(0.5), optax.scale_by_learning_rate(0.1)])
 def test_arithmetic_between_two_stages_under_strict_promotion(stage):
     for second in (adam_jax.debias(), adam_jax.running_max(), adam_jax.first_moment()):
         tx = optax.chain(adam_jax.scale_by_moments(), stage, second)
-        with pytest.raises(TypeError, match=r"put it before adam_jax.scale_by_moments"):
+        with refused(*TOLD):
             tx.update(PAIR, tx.init(PAIR))
 
 
@@ -596,7 +519,7 @@ def test_center_after_a_storage(options, wrap):
     """Also with stages between the two, and when the moments have been mapped or traced."""
     for between in ([], [adam_jax.debias(), adam_jax.running_max()]):
         tx = optax.chain(adam_jax.scale_by_moments(**options), *between, adam_jax.center())
-        with pytest.raises(ValueError, match="no mu_storage and no nu_storage"):
+        with refused(ValueError, "mu_storage nu_storage"):
             wrap(lambda grads, tx=tx: tx.update(grads, tx.init(grads))[0])(jnp.ones((2, 3)))
 
 
@@ -623,36 +546,28 @@ NO_GRADIENTS = {
 def test_integers_and_booleans_are_no_gradients(stage, tx, dtype):
     params = {"w": jnp.ones(3), "b": jnp.ones(2)}
     grads = params | {"b": NO_GRADIENTS[dtype]}
-    message = rf"^{stage} takes floating-point and complex updates, but the one at \['b'\] is .*"
-    with pytest.raises(TypeError, match=message + dtype):
+    with refused(TypeError, f"{stage} ['b'] {dtype}"):
         tx.update(grads, tx.init(params), params)
 
 
 # --- Arrays for hyperparameters -------------------------------------------------------------------
 
 OUT_OF_RANGE = {
-    "lr": (lambda x: adam_jax.scale_by_lr(x), np.array(-1.0), "learning_rate must be finite and"),
-    "b1": (lambda x: adam_jax.scale_by_moments(x), jnp.float32(1.5), r"b1 must be in \[0, 1\)"),
-    "b2": (lambda x: adam_jax.adam(0.1, b2=x), np.array(-1.0), r"b2 must be in \[0, 1\)"),
-    "b3": (lambda x: adam_jax.mix_slow_moment(x), jnp.ones(()), r"b3 must be in \[0, 1\)"),
-    "momentum": (lambda x: adam_jax.sgd(0.1, x), jnp.ones(()), r"momentum must be in \[0, 1\)"),
-    "eps": (lambda x: adam_jax.bias_correct(eps=x), jnp.float32(np.nan), "eps must be finite"),
-    "eps_root": (
-        lambda x: adam_jax.normalize(eps_root=x),
-        np.array(np.inf),
-        "eps_root must be fin",
-    ),
-    "threshold": (
-        lambda x: adam_jax.rectify(threshold=x),
-        jnp.float32(3),
-        "threshold must be at l",
-    ),
+    "learning_rate": (lambda x: adam_jax.scale_by_lr(x), np.array(-1.0)),
+    "b1": (lambda x: adam_jax.scale_by_moments(x), jnp.float32(1.5)),
+    "b2": (lambda x: adam_jax.adam(0.1, b2=x), np.array(-1.0)),
+    "b3": (lambda x: adam_jax.mix_slow_moment(x), jnp.ones(())),
+    "momentum": (lambda x: adam_jax.sgd(0.1, x), jnp.ones(())),
+    "eps": (lambda x: adam_jax.bias_correct(eps=x), jnp.float32(np.nan)),
+    "eps_root": (lambda x: adam_jax.normalize(eps_root=x), np.array(np.inf)),
+    "threshold": (lambda x: adam_jax.rectify(threshold=x), jnp.float32(3)),
 }
 
 
-@pytest.mark.parametrize(("build", "value", "message"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
-def test_concrete_arrays_are_checked_and_traced_ones_are_not(build, value, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_concrete_arrays_are_checked_and_traced_ones_are_not(name):
+    build, value = OUT_OF_RANGE[name]
+    with refused(ValueError, f"{name} {value}"):
         build(value)
     jax.eval_shape(lambda x: build(x) and x, jnp.asarray(value, jnp.float32))
 
@@ -675,7 +590,7 @@ WAYS = {
 @pytest.mark.parametrize("name", LOW)
 def test_low_precision_rates_are_refused_however_they_come(name, way):
     """By the same ValueError, though a traced rate has no value to print."""
-    message = f"^{name} must be at least float32, got bfloat16, which rounds 0.999 to 1. With optax"
+    refusal = ValueError, f"{name} float32 bfloat16 0.999 optax.inject_hyperparams"
     rate = jnp.bfloat16(0.9)
 
     def of_an_array(rate):
@@ -686,9 +601,9 @@ def test_low_precision_rates_are_refused_however_they_come(name, way):
         tx = LOW[name](lambda count: rate)
         return tx.update(grads, tx.init(grads))[0]
 
-    with pytest.raises(ValueError, match=message):
+    with refused(*refusal):
         WAYS[way](of_an_array, rate)
-    with pytest.raises(ValueError, match=message):
+    with refused(*refusal):
         WAYS[way](of_a_schedule, jnp.ones(2))
 
 
@@ -701,7 +616,7 @@ WITH_EPS_HAT = [n for n, f in MEMBERS.items() if "eps_hat" in inspect.signature(
     + [functools.partial(MEMBERS[name], 1e-3) for name in WITH_EPS_HAT],
 )
 def test_eps_hat_is_no_epsilon(build):
-    with pytest.raises(TypeError, match="eps_hat must be True or False, got 1e-07"):
+    with refused(TypeError, "eps_hat True False 1e-07"):
         build(eps_hat=1e-7)
 
 

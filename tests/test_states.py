@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from support import assert_close, mesh_of
+from support import assert_close, mesh_of, refused
 from tables import MEMBERS, keeping
 
 import adam_jax
@@ -143,7 +143,7 @@ def test_a_state_of_shapes_is_refused():
     state = jax.eval_shape(tx.init, PARAMS)
     zeros = jax.tree.map(jnp.zeros_like, PARAMS)
     state = optax.tree.set(state, mu=zeros, nu=zeros, count=jnp.zeros([], jnp.int32))
-    with pytest.raises(ValueError, match=r"scale_by_moments needs weights .* init\(\)"):
+    with refused(ValueError, "scale_by_moments weights init()"):
         tx.update(GRADS[0], state, PARAMS)
     weights = jnp.zeros(state[0].weights.shape)
     updates, _ = tx.update(GRADS[0], optax.tree.set(state, weights=weights), PARAMS)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from scipy import optimize
-from support import assert_close, mesh_of
+from support import assert_close, mesh_of, refused
 
 import adam_jax
 from adam_jax import tasks
@@ -602,7 +602,7 @@ def test_shard_map_gives_the_numbers_of_one_device(method, x64):
 def test_shard_map_without_types_is_refused():
     """The products of the parts would be taken for those of the whole."""
     first = lambda grads: tasks.mgda().update(grads, optax.EmptyState())[0]  # noqa: E731
-    with pytest.raises(ValueError, match=r"give jax.shard_map check_vma=True"):
+    with refused(ValueError, "jax.shard_map check_vma=True"):
         in_shard_map(first, check_vma=False)(jax.tree.map(jnp.asarray, gradients()[0]))
 
 
@@ -716,22 +716,22 @@ def test_hyperparameters_may_be_injected():
 
 @each_method
 @pytest.mark.parametrize(
-    ("updates", "params", "complaint"),
+    ("updates", "params", "names"),
     [
-        ({"a": np.ones((2, 3), "float32"), "b": np.float32(1)}, None, r"at \['b'\] has shape \(\)"),
-        ({"a": np.ones(3, "float32")}, {"a": np.ones(3)}, r"at \['a'\] has shape \(3,\), and its"),
+        ({"a": np.ones((2, 3), "float32"), "b": np.float32(1)}, None, "['b'] shape ()"),
+        ({"a": np.ones(3, "float32")}, {"a": np.ones(3)}, "['a'] shape (3,)"),
         (
             {"a": np.ones((2, 3), "float32"), "b": np.ones((3, 3), "float32")},
             None,
-            r"the one at \['b'\] has 3, and others have 2",
+            "['b'] 3 2",
         ),
-        (np.ones((0, 3), "float32"), None, r"has shape \(0, 3\): make them with jax.jacrev"),
+        (np.ones((0, 3), "float32"), None, "shape (0, 3) jax.jacrev"),
     ],
     ids=["scalar", "no axis", "other numbers", "no tasks"],
 )
-def test_gradients_without_their_axis(method, updates, params, complaint):
+def test_gradients_without_their_axis(method, updates, params, names):
     for stage in (METHODS[method](2), tasks.per_task(2, tasks.mgda())):
-        with pytest.raises(ValueError, match=complaint):
+        with refused(ValueError, names):
             stage.update(updates, stage.init(updates), params, value=np.ones(2))
 
 
@@ -739,49 +739,49 @@ def test_gradients_without_their_axis(method, updates, params, complaint):
 def test_moments_are_refused(method):
     tx = optax.chain(adam_jax.scale_by_moments(), METHODS[method](2))
     grads = jnp.ones((2, 3))
-    with pytest.raises(TypeError, match=f"{method} takes plain updates, but got the Moments"):
+    with refused(TypeError, f"{method} Moments"):
         tx.update(grads, tx.init(grads), value=jnp.ones(2))
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "complaint"),
+    ("make", "error", "names"),
     [
         (lambda: tasks.weighted("ab"), TypeError, "weights"),
         (lambda: tasks.weighted(None), TypeError, "weights"),
-        (lambda: tasks.weighted([True, False]), TypeError, "must be real numbers"),
-        (lambda: tasks.weighted([1j]), TypeError, "must be real numbers"),
-        (lambda: tasks.weighted(0.5), ValueError, "must be a vector, one for each task"),
-        (lambda: tasks.weighted([]), ValueError, "must be a vector, one for each task"),
-        (lambda: tasks.weighted([1.0, np.nan]), ValueError, "must be finite"),
-        (lambda: tasks.cagrad(-0.1), ValueError, "c must be finite and at least 0"),
-        (lambda: tasks.cagrad("0.5"), TypeError, "c must be a number"),
-        (lambda: tasks.pcgrad(1.5), TypeError, "seed must be an integer"),
-        (lambda: tasks.gradnorm(0), ValueError, "tasks must be positive"),
-        (lambda: tasks.gradnorm(2.0), TypeError, "tasks must be an integer"),
-        (lambda: tasks.gradnorm(2, -1.0), ValueError, "alpha must be finite and at least 0"),
-        (lambda: tasks.gradnorm(2, learning_rate=-1.0), ValueError, "learning_rate must be finite"),
-        (lambda: tasks.per_task(0, tasks.mgda()), ValueError, "tasks must be positive"),
-        (lambda: tasks.per_task(2, adam_jax.adam), TypeError, "must be a gradient transformation"),
+        (lambda: tasks.weighted([True, False]), TypeError, "weights real numbers"),
+        (lambda: tasks.weighted([1j]), TypeError, "weights real numbers"),
+        (lambda: tasks.weighted(0.5), ValueError, "weights vector"),
+        (lambda: tasks.weighted([]), ValueError, "weights vector"),
+        (lambda: tasks.weighted([1.0, np.nan]), ValueError, "weights finite"),
+        (lambda: tasks.cagrad(-0.1), ValueError, "c -0.1"),
+        (lambda: tasks.cagrad("0.5"), TypeError, "c number '0.5'"),
+        (lambda: tasks.pcgrad(1.5), TypeError, "seed integer 1.5"),
+        (lambda: tasks.gradnorm(0), ValueError, "tasks 0"),
+        (lambda: tasks.gradnorm(2.0), TypeError, "tasks integer 2.0"),
+        (lambda: tasks.gradnorm(2, -1.0), ValueError, "alpha -1.0"),
+        (lambda: tasks.gradnorm(2, learning_rate=-1.0), ValueError, "learning_rate -1.0"),
+        (lambda: tasks.per_task(0, tasks.mgda()), ValueError, "tasks 0"),
+        (lambda: tasks.per_task(2, adam_jax.adam), TypeError, "transformation"),
     ],
 )
-def test_wrong_arguments_are_refused_at_construction(make, error, complaint):
-    with pytest.raises(error, match=complaint):
+def test_wrong_arguments_are_refused_at_construction(make, error, names):
+    with refused(error, names):
         make()
 
 
 def test_wrong_calls_have_a_remedy():
     grads, params = jnp.ones((2, 3)), jnp.ones(3)
     cases = [
-        (tasks.weighted([1.0, 1.0, 1.0]), {}, "3 weights for gradients of 2 tasks: give one for"),
-        (tasks.weighted(lambda step: jnp.ones(3)), {}, "3 weights for gradients of 2 tasks"),
-        (tasks.gradnorm(2), {}, r"pass value=losses to update\(\)"),
-        (tasks.gradnorm(2), {"value": jnp.ones([])}, r"losses of shape \(\)"),
-        (tasks.gradnorm(3), {"value": jnp.ones(3)}, "made for 3 tasks, but got gradients of 2"),
-        (tasks.per_task(3, tasks.mgda()), {}, "made for 3 tasks, but got gradients of 2"),
+        (tasks.weighted([1.0, 1.0, 1.0]), {}, "3 weights 2 tasks"),
+        (tasks.weighted(lambda step: jnp.ones(3)), {}, "3 weights 2 tasks"),
+        (tasks.gradnorm(2), {}, "value=losses update()"),
+        (tasks.gradnorm(2), {"value": jnp.ones([])}, "losses shape ()"),
+        (tasks.gradnorm(3), {"value": jnp.ones(3)}, "3 tasks gradients 2"),
+        (tasks.per_task(3, tasks.mgda()), {}, "3 tasks gradients 2"),
     ]
-    for stage, extra, complaint in cases:
-        with pytest.raises(ValueError, match=complaint):
+    for stage, extra, names in cases:
+        with refused(ValueError, names):
             stage.update(grads, stage.init(params), params, **extra)
     tx = tasks.per_task(2, adam_jax.scale_by_moments())
-    with pytest.raises(TypeError, match=r"put adam_jax.bias_correct\(...\) between the two"):
+    with refused(TypeError, "Moments adam_jax.bias_correct"):
         tx.update(grads, tx.init(params), params)

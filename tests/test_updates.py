@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tables
-from support import random_grads, random_params
+from support import random_grads, random_params, refused
 
 import adam_jax
 
@@ -128,18 +128,18 @@ def test_a_missing_update_and_what_is_no_parameter(name):
 def test_an_update_that_does_not_match_its_parameter(name, wrong):
     """It would be broadcast, by the stage or by optax.apply_updates."""
     params, stage = {"v": None, "w": jnp.ones(3)}, STAGES[name]
-    with pytest.raises(ValueError, match=rf"^{name.split()[0]} got gradients.*leaf at .*'w'"):
+    with refused(ValueError, f"{name.split()[0]} gradients 'w'"):
         stage.update(params | {"w": wrong}, stage.init(params), params | {"v": 1.0})
 
 
 @pytest.mark.parametrize("name", ["decay_weights", "scale_by_trust_ratio"])
 def test_the_parameters_are_needed(name):
     params, stage = {"w": jnp.ones(3)}, STAGES[name]
-    with pytest.raises(ValueError, match=rf"^{name} needs the parameters: pass params to update"):
+    with refused(ValueError, f"{name} params update()"):
         stage.update(params, stage.init(params))
-    with pytest.raises(ValueError, match=rf"^{name} got gradients.*\['b'\]"):
+    with refused(ValueError, f"{name} gradients ['b']"):
         stage.update(params, stage.init(params), params | {"b": jnp.ones(1)})
-    with pytest.raises(ValueError, match=rf"^{name} got gradients.*\['w'\]"):
+    with refused(ValueError, f"{name} gradients ['w']"):
         stage.update(params, stage.init(params), {"w": None})
 
 
@@ -148,8 +148,7 @@ def test_the_parameters_are_needed(name):
 def test_moments_are_no_updates(name, tree):
     params = jnp.ones(3) if tree == "a leaf" else {"w": jnp.ones(3)}
     wrong = optax.chain(adam_jax.scale_by_moments(), STAGES[name])
-    message = rf"^{name.split()[0]} takes plain updates, but got the Moments.*bias_correct"
-    with pytest.raises(TypeError, match=message):
+    with refused(TypeError, f"{name.split()[0]} Moments adam_jax.bias_correct"):
         wrong.update(params, wrong.init(params), params)
 
 
@@ -230,18 +229,14 @@ def test_the_mask_is_of_the_parameters_that_have_an_update():
     "mask", ["w", 1, 0.5, jnp.ones(2, bool), {"a": "w"}, {"a": True, "s": 1}], ids=repr
 )
 def test_a_mask_is_made_of_booleans(mask):
-    with pytest.raises(
-        TypeError, match=r"^mask must be a tree of booleans, or a function from the"
-    ):
+    with refused(TypeError, "mask booleans function"):
         adam_jax.decay_weights(0.1, mask=mask)
-    with pytest.raises(
-        TypeError, match=r"^mask must be a tree of booleans, or a function from the"
-    ):
+    with refused(TypeError, "mask booleans function"):
         decayed(lambda params: mask)
 
 
 def test_a_mask_returns_no_function():
-    with pytest.raises(TypeError, match=r"^mask must return a tree of booleans"):
+    with refused(TypeError, "mask return booleans"):
         decayed(lambda params: abs)
 
 
@@ -249,7 +244,7 @@ def test_a_mask_returns_no_function():
     "mask", [{"a": True}, {"a": {"w": True}, "s": True}, {"a": True, "s": (True,)}]
 )
 def test_a_mask_of_another_tree(mask):
-    with pytest.raises(ValueError, match="mask must be a tree like the parameters, or a prefix"):
+    with refused(ValueError, "mask parameters prefix"):
         decayed(mask)
 
 
@@ -260,7 +255,7 @@ def test_a_mask_of_another_tree(mask):
     ids=repr,
 )  # fmt: skip
 def test_a_decay_out_of_its_range(rate, error):
-    with pytest.raises(error, match=r"^rate must be "):
+    with refused(error, "rate"):
         adam_jax.decay_weights(rate)
 
 
@@ -320,21 +315,21 @@ def test_a_sum_is_kept_in_the_dtype_that_is_asked_for(dtype):
 
 def test_errors_of_accumulate():
     for decay in (1.0, -0.1, jnp.ones(2)):
-        with pytest.raises(ValueError, match=r"^decay must be "):
+        with refused(ValueError, "decay"):
             adam_jax.accumulate(decay)
     for decay in (None, "0.9", lambda count: 0.9):
-        with pytest.raises(TypeError, match=r"^decay must be a number or a 0-d array"):
+        with refused(TypeError, "decay number 0-d"):
             adam_jax.accumulate(decay)
-    with pytest.raises(TypeError, match=r"^nesterov must be True or False"):
+    with refused(TypeError, "nesterov True False 1"):
         adam_jax.accumulate(0.9, nesterov=1)
-    with pytest.raises(ValueError, match=r"^dtype must be a floating-point or complex dtype"):
+    with refused(ValueError, "dtype floating-point complex"):
         adam_jax.accumulate(0.9, dtype="int8")
-    with pytest.raises(TypeError, match=r"^mu of the parameter at 'w' is complex64 .* float32"):
+    with refused(TypeError, "mu 'w' complex64 float32"):
         adam_jax.accumulate(0.9, dtype="float32").init({"w": jnp.ones(2, "complex64")})
-    with pytest.raises(TypeError, match=r"^accumulate optimizes floating-point .*\['w'\] is int32"):
+    with refused(TypeError, "accumulate ['w'] int32"):
         adam_jax.accumulate(0.9).init({"w": jnp.ones(2, "int32")})
     stage = adam_jax.accumulate(0.9)
-    with pytest.raises(ValueError, match=r"^accumulate got gradients .*\['b'\]"):
+    with refused(ValueError, "accumulate gradients ['b']"):
         stage.update({"w": jnp.ones(2)}, stage.init({"w": jnp.ones(2), "b": jnp.ones(2)}))
 
 
@@ -379,7 +374,7 @@ def test_the_limit_moves_and_the_clipping_takes_real_updates():
     for expected in ([0.5, -0.5, 0.25], [1.0, -1.5, 0.25]):
         update, state = stage.update(jnp.array([1.0, -2.0, 0.25]), state)
         np.testing.assert_array_equal(update, expected)
-    with pytest.raises(TypeError, match=r"^clip_by_schedule takes real updates, got complex64"):
+    with refused(TypeError, "clip_by_schedule real complex64"):
         stage.update(jnp.ones(2, "complex64"), stage.init(jnp.ones(2)))
-    with pytest.raises(TypeError, match=r"^limit must be a schedule"):
+    with refused(TypeError, "limit schedule 1.0"):
         adam_jax.clip_by_schedule(1.0)

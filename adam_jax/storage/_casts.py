@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from adam_jax._checks import check_dtype, check_seed
+from adam_jax._checks import check_dtype, check_integer
 from adam_jax._random import rounded_at_random
 from adam_jax.storage._protocol import Storage, in_dtype, only_first
 
@@ -69,7 +69,7 @@ def stochastic(dtype: Any = jnp.bfloat16, seed: int = 0) -> Storage:
     dtype = check_dtype("dtype", dtype)
     if jnp.finfo(dtype).bits >= 32:
         raise ValueError(f"dtype must have fewer than 32 bits, got {dtype}: use cast.")
-    seed = check_seed(seed)
+    seed = check_integer("seed", seed)
 
     def save(moment, leaf):
         moment = moment.astype(jnp.float32)

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from adam_jax._checks import check_count, check_seed
+from adam_jax._checks import check_count, check_integer
 from adam_jax._random import uniform
 from adam_jax.fusion._tiles import block_axis, in_blocks, largest, packed, spread, unpacked
 from adam_jax.storage._protocol import Leaf, Storage
@@ -77,7 +77,7 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
     division: cheap enough that XLA recomputes the moment where it is used, and does not write it to
     memory in float32.
     """
-    return _in_blocks(8, check_count("block", block), check_seed(seed))
+    return _in_blocks(8, check_count("block", block), check_integer("seed", seed))
 
 
 def int4(block: int = 64, seed: int = 0) -> Storage:
@@ -111,7 +111,7 @@ def int4(block: int = 64, seed: int = 0) -> Storage:
     Source: after Li, Chen and Zhu, "Memory Efficient Optimizers with 4-bit States" (arXiv
     2309.01507), section 4: a map without zero for the second moment.
     """
-    return _in_blocks(4, check_count("block", block, multiple_of=2), check_seed(seed))
+    return _in_blocks(4, check_count("block", block, multiple_of=2), check_integer("seed", seed))
 
 
 def _axis(leaf: Leaf, block: int) -> int | None:

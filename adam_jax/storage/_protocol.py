@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from adam_jax._checks import check_dtype, kind
+from adam_jax._checks import NOTHING, check_dtype, kind
 from adam_jax._numerics import SMALL, accumulator, is_complex, real
 from adam_jax._ownership import at, leaves_by_path, path_name, placeholder
 from adam_jax._random import random_bits
@@ -227,7 +227,7 @@ class Slot(NamedTuple):
         return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
 
     def load(self, state: Any, grads: Any, count: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """The moments that a state keeps, and a function from new moments to what to keep of them.
+        """The moments that a state keeps, and a function that saves new ones.
 
         A leaf that is whole in the state stays whole: inside `jax.shard_map` it may be smaller than
         the one that `init` saw.
@@ -359,8 +359,8 @@ class Slot(NamedTuple):
         """The first path where what is kept and the gradients are not the same tree."""
         kept, grads = leaves_by_path(kept), leaves_by_path(grads)
         for path in {**kept, **grads}:
-            was, now = (kind(tree.get(path, "nothing")) for tree in (kept, grads))
-            if (was in _NOTHING) != (now in _NOTHING) or (was in _NOTHING and was != now):
+            was, now = (kind(tree.get(path, NOTHING)) for tree in (kept, grads))
+            if was != now and {was, now} & {NOTHING, "None"}:
                 return ValueError(
                     f"{self.stage} got gradients that do not match the parameters of init(): for "
                     f"the leaf{at(path)} the state keeps {self.moment} as {was}, and the gradient "
@@ -388,7 +388,6 @@ class Slot(NamedTuple):
         )
 
 
-_NOTHING = ("None", "nothing")
 _REMEDY = (
     "Give the storage that the state was made with, and gradients shaped like the parameters of "
     "init(); or make the state anew with init()."

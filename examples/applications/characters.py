@@ -8,7 +8,7 @@ import numpy as np
 MASK, EVERY = "□", 3
 
 
-def language_reference() -> str:
+def paragraphs() -> str:
     """The topics of Python's help, each paragraph once: some topics repeat parts of others."""
     topics = pydoc_data.topics.topics
     text = "\n\n".join(topics[name] for name in sorted(topics))

@@ -18,9 +18,9 @@ import optax
 from application import OURS, STYLES, THEIRS, batches, plt, report
 from characters import (
     MASK,
-    language_reference,
     masked,
     next_characters,
+    paragraphs,
     trigram,
     trigram_accuracy,
     trigram_bits,
@@ -186,7 +186,7 @@ def main() -> None:
     options = made.parse_args()
     plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
 
-    text = language_reference()
+    text = paragraphs()
     alphabet = np.array([*sorted(set(text)), MASK])
     codes = {character: code for code, character in enumerate(alphabet.tolist())}
     coded = np.array([codes[character] for character in text], np.int32)

@@ -51,7 +51,8 @@ def block(width: int) -> list[tuple[int, ...]]:
     return [*attention, *norm, *dense(width, 4 * width), *dense(4 * width, width)]
 
 
-def gpt2(layers: int, width: int, words: int, positions: int) -> Shapes:
+def gpt2(layers: int = 12, width: int = 768, words: int = 50257, positions: int = 1024) -> Shapes:
+    """GPT-2 small: 124 M parameters in 148 leaves."""
     inner = layers * block(width)
     return ((words, width), (positions, width), *inner, (width,), (width,))
 
@@ -73,7 +74,7 @@ def trees() -> dict[str, Shapes]:
     # 20 layers of width 2048 are a billion parameters; two sides of 16 bytes each must fit.
     room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
     layers = int(max(1, min(20, 0.85 * room / (34 * 12 * 2048**2))))
-    return {"mlp": mlp, "gpt2": gpt2(12, 768, 50257, 1024), "stacked": stacked(layers, 2048)}
+    return {"mlp": mlp, "gpt2": gpt2(), "stacked": stacked(layers, 2048)}
 
 
 def parameters(shapes: Shapes) -> int:

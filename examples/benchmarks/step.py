@@ -8,12 +8,9 @@ is update and apply, jitted, with donated buffers or without.
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import math
-import os
-import platform
 import re
 import resource
 import statistics
@@ -28,10 +25,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import optax
+from device import Shapes, gpt2
 from tqdm import tqdm
 
 import adam_jax
 from adam_jax import storage
+
+sys.path.append(str(Path(__file__).parent.parent))  # the other examples
+from commandline import hardware, new_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,18 +40,9 @@ import matplotlib.pyplot as plt
 # --- Work -----------------------------------------------------------------------------------------
 
 
-def gpt2() -> list[tuple[int, ...]]:
-    """GPT-2 small: 124 M parameters in 148 leaves."""
-    width, norm = 768, [(768,), (768,)]
-    dense = lambda n, m: [(n, m), (m,)]  # noqa: E731
-    block = [*norm, *dense(width, 3 * width), *dense(width, width)]
-    block += [*norm, *dense(width, 4 * width), *dense(4 * width, width)]
-    return [(50257, width), (1024, width), *(12 * block), *norm]
-
-
-def resnet50() -> list[tuple[int, ...]]:
+def resnet50() -> Shapes:
     """ResNet-50: 25.6 M parameters in 161 leaves."""
-    shapes = [(7, 7, 3, 64), (64,), (64,)]
+    shapes: list[tuple[int, ...]] = [(7, 7, 3, 64), (64,), (64,)]
     inputs = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
@@ -62,15 +54,15 @@ def resnet50() -> list[tuple[int, ...]]:
             ):
                 shapes += [kernel, (kernel[-1],), (kernel[-1],)]
             inputs = 4 * width
-    return [*shapes, (2048, 1000), (1000,)]
+    return (*shapes, (2048, 1000), (1000,))
 
 
-WORK: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+WORK: dict[str, Callable[[], Shapes]] = {
     "gpt2": gpt2,
     "resnet50": resnet50,
-    "1000-leaves": lambda: [(8, 8)] * 1000,
-    "3000-leaves": lambda: [(8, 8)] * 3000,
-    "one-leaf": lambda: [(100_000_000,)],
+    "1000-leaves": lambda: ((8, 8),) * 1000,
+    "3000-leaves": lambda: ((8, 8),) * 3000,
+    "one-leaf": lambda: ((100_000_000,),),
 }
 
 # --- Sides ----------------------------------------------------------------------------------------
@@ -338,18 +330,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def hardware(*others: str) -> str:
-    """The machine and the versions of jax, optax and those of `others` that are installed."""
-    there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    names = [name for name in ("jax", "optax", *others) if name in there]
-    versions = ", ".join(f"{name} {there[name]}" for name in names)
-    device = jax.devices()[0]
-    return (
-        f"{device.device_kind} ({device.platform}), {platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {versions}"
-    )
-
-
 def draw(rows: list[Row], path: Path) -> None:
     works = list(dict.fromkeys((row.work, row.dtype, row.donated) for row in rows))
     figure, axes = plt.subplots(
@@ -404,15 +384,14 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=even, default=20, help="timed rounds (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="where to write every figure (default: nowhere)")
-    parser.add_argument("--plot", type=Path, help="where to draw the step times (default: nowhere)")
+    parser.add_argument(
+        "--json", type=new_file, help="where to write every figure (default: nowhere)"
+    )
+    parser.add_argument(
+        "--plot", type=new_file, help="where to draw the step times (default: nowhere)"
+    )
     parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"--{name}: there is no directory {path.absolute().parent}")
-
     if options.report:
         report(build(options.work[0], options.sides[0], options.dtype, not options.keep))
         return

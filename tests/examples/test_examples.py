@@ -18,9 +18,13 @@ import jax.numpy as jnp
 import memory
 import mnist
 import numpy as np
+import optax
 import pytest
 import step
 import transformer
+from support import assert_close, random_params
+
+import adam_jax
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -249,3 +253,41 @@ def test_the_work_of_the_benchmark():
     count = lambda work: sum(math.prod(shape) for shape in step.WORK[work]())  # noqa: E731
     assert (count("gpt2"), len(step.gpt2())) == (124_439_808, 148)
     assert (count("resnet50"), len(step.resnet50())) == (25_557_032, 161)
+
+
+RULES = [adam_jax.squared, adam_jax.belief, adam_jax.rules.yogi]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("b1", [0.9, None, lambda count: 0.9], ids=["number", "none", "schedule"])
+def test_recomputed_moments_are_the_same(rule, b1, x64):
+    grads = jax.tree.map(lambda x: x.astype(jnp.float64), random_params())
+    moments = adam_jax.scale_by_moments(b1, second_moment=rule)
+    results = []
+    for stage in (moments, step.recompute(moments)):
+        tx = optax.chain(stage, adam_jax.bias_correct(), adam_jax.scale_by_lr(1e-2))
+        update, state = jax.jit(tx.update), tx.init(grads)
+        for _ in range(3):
+            updates, state = update(grads, state)
+        results.append((updates, state))
+    assert_close(*results, "fused")
+
+
+ONE_KERNEL = """
+import step
+facts = step.jax_side("recompute", [(512, 300), (300, 4)], "float32", donate=True).facts
+print(facts["kernels"], facts["bytes"], facts["temporaries"])
+"""
+
+
+def test_recompute_and_its_flag_make_one_kernel_of_a_leaf():
+    flag = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_KERNEL],
+        env={**os.environ, "XLA_FLAGS": flag, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    kernels, moved, temporaries = map(float, done.stdout.split())
+    assert kernels <= 2 + 14  # one of each leaf; jax 0.10.2 makes 11 for the scalars
+    assert moved < 28.01  # bytes: reads g, m, v, p and writes m, v, p, and few scalars
+    assert temporaries < 0.01
