@@ -83,9 +83,11 @@ ENVIRONMENT = {
 
 def missing() -> str:
     """Why other devices cannot be compiled for, and what to do; nothing if they can."""
-    for module in ("jax_plugins", "jax_plugins.xla_cuda12", "libtpu"):
-        if importlib.util.find_spec(module) is None:
-            return f"there is no {module}: .venv/bin/pip install -e '.[test,accelerators]'"
+    found = lambda name: importlib.util.find_spec(name) is not None  # noqa: E731
+    of_cuda = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+    for modules in (("jax_plugins",), of_cuda, ("libtpu",)):
+        if not any(map(found, modules)):
+            return f"there is no {modules[0]}: .venv/bin/pip install -e '.[test,accelerators]'"
     if jax.config.jax_platforms != "cpu":
         return "without a GPU, JAX loads its CUDA compiler only with JAX_PLATFORMS=cpu: set that"
     return ""
