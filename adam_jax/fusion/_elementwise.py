@@ -220,6 +220,14 @@ def _of_float32(equation: Equation, *inputs: Any) -> Any:
     return _as_it_is(equation, *inputs)
 
 
+def _reduce_precision(equation: Equation, x: Any) -> Any:
+    """A kernel keeps conversions that XLA leaves out."""
+    bits = equation.params["exponent_bits"], equation.params["mantissa_bits"]
+    if x.dtype == jnp.float32 and bits == (8, 7):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+    return _as_it_is(equation, x)
+
+
 # --- Conversions ----------------------------------------------------------------------------------
 
 
@@ -280,6 +288,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "min": _min,
     "ne": _not_equal,
     "neg": _neg,
+    "reduce_precision": _reduce_precision,
     "rem": _rem,
     "round": _round,
     "select_n": _select,
