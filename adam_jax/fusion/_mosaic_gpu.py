@@ -22,7 +22,6 @@ import numpy as np
 
 from adam_jax.fusion import _elementwise, _jax
 from adam_jax.fusion._graph import Equation, Value
-from adam_jax.fusion._jax import pallas as pl
 from adam_jax.fusion._kernel import Kernel, as_array, numbers, tile_count, widened
 from adam_jax.fusion._tiles import Expansion, Location, Reduction
 
@@ -79,7 +78,7 @@ class MosaicGpu:
         arrays: Sequence[Any],
         offset: Any = None,
     ) -> tuple[Any, ...]:
-        gpu = _jax.backend("mosaic_gpu")
+        pl, gpu = _jax.pallas(), _jax.backend("mosaic_gpu")
         plan = Plan(kernel, tile_shape[-2])
         whole = kernel.lengths(arrays)
         lengths, like = kernel.seen(whole), arrays[0]
@@ -294,7 +293,7 @@ class Rows:
         for block in sorted({self.plan.block_of(v) for v in self.results}):
             end_of_block = ((row + 1) & (block - 1) == 0) | (row + 1 == self.height)
 
-            @pl.when(True if block == 1 else end_of_block)
+            @_jax.pallas().when(True if block == 1 else end_of_block)
             def _(block=block):
                 for value, ref in self.results.items():
                     if self.plan.block_of(value) == block:

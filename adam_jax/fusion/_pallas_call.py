@@ -17,7 +17,6 @@ import numpy as np
 from adam_jax._numerics import SMALL
 from adam_jax.fusion import _elementwise, _jax
 from adam_jax.fusion._graph import Equation, Value
-from adam_jax.fusion._jax import pallas as pl
 from adam_jax.fusion._kernel import Kernel, as_array, numbers, tile_count, widened
 from adam_jax.fusion._tiles import Expansion, Location, Reduction
 
@@ -179,6 +178,7 @@ def _launch(
       memory_of_numbers: where scalars lie, for their `BlockSpec`.
       options: for `pallas_call`.
     """
+    pl = _jax.pallas()
     given = [*numbers(scalars), *([] if offset is None else [offset])]
     whole = kernel.lengths(arrays)
     lengths, like = kernel.seen(whole), arrays[0]
@@ -257,7 +257,7 @@ def _block_spec(kernel: Kernel, tile_shape: tuple[int, ...], value: Value) -> An
     """The part of an array that belongs to a tile, without leading axes of length 1."""
     shape = kernel.part_of(value, tile_shape)
     squeezed = (None,) * max(len(shape) - 2, 0)
-    return pl.BlockSpec((*squeezed, *shape[-2:]), lambda *index: index)
+    return _jax.pallas().BlockSpec((*squeezed, *shape[-2:]), lambda *index: index)
 
 
 def _mask(kernel: Kernel, tile: Tile, value: Value) -> Any:
