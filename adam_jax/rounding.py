@@ -176,7 +176,7 @@ def compensate(
         if not _is_low(param):
             return saved
         new_exact = exact(update, param, saved)
-        new = new_exact.astype(param.dtype)
+        new = _rounded(new_exact, param.dtype)
         error = new_exact - _wide(new)
         # Where the parameter overflows it is infinite itself, and no error is kept.
         return save(jnp.where(jnp.isfinite(error), error, 0.0), new)
@@ -203,6 +203,21 @@ def _is_low(param: Any) -> bool:
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
+
+
+def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """To the nearest number of a dtype, so that the error is seen.
+
+    For GPUs XLA leaves out a conversion to fewer bits that is converted back. It keeps
+    `reduce_precision`, which flushes subnormal numbers: float16 has them, in steps of 2**-24.
+    """
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp < 8:
+        steps = float(info.smallest_subnormal)
+        subnormal = jnp.round(x / steps) * steps
+        rounded = jnp.where(jnp.abs(x) < float(info.tiny), subnormal, rounded)
+    return rounded.astype(dtype)
 
 
 def _spacing(x: jax.Array) -> jax.Array:

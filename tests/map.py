@@ -20,10 +20,10 @@ FLOW = {
     "The pipeline": ["rules", "moments", "correction", "direction", "updates", "rounding"],
     "Between two steps": ["storage"],
     "Whole optimizers": ["optimizers"],
-    "Around a chain": ["fusion", "sharding", "lazy", "basis", "tasks", "from_optax"],
+    "Around a chain": ["fusion", "backward", "sharding", "lazy", "basis", "tasks", "from_optax"],
     "Used by all": ["_ownership", "_checks", "_numerics", "_jit", "_random"],
 }
-NAMESPACES = ("rules", "storage", "basis", "tasks")  # modules that are public names
+NAMESPACES = ("rules", "storage", "basis", "tasks", "backward")  # modules that are public names
 
 HEAD = f"""\
 # The map

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import plain_step, random_params, refused
 
 import adam_jax
+from adam_jax.rounding import _rounded
 
 LOW = ["bfloat16", "float16"]
 STAGES = tables.stages("updates", "steps")
@@ -64,6 +65,17 @@ def test_apply_updates_lands_on_a_neighbour(tx, dtype, update_dtype):
     assert np.all(inside | (wide(new) == exact) | overflow)
     representable = wide(jnp.asarray(exact).astype(dtype)) == exact
     np.testing.assert_array_equal(wide(new)[representable], exact[representable])
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_rounding_that_xla_keeps_is_conversion(dtype):
+    """To the bit, subnormal numbers, halves and infinity included."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 200_000, np.uint32)
+    small = np.linspace(-(2.0**-13), 2.0**-13, 4097, dtype=np.float32)  # halves of float16's steps
+    edges = np.float32([np.inf, -np.inf, 0.0, -0.0])
+    x = np.concatenate([bits.view(np.float32), small, edges])
+    x = jnp.asarray(x[x == x])
+    chex.assert_trees_all_equal(_rounded(x, jnp.dtype(dtype)), x.astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -3,12 +3,17 @@
 _graph         the equations of a step, read from its jaxpr
 _tiles         operations on blocks, each with a form for a leaf and a form for a tile
 _program       which equations belong into which kernel
-_kernel        the kernel of a leaf, in Pallas
+_kernel        the kernel of a leaf, for any backend
+_emitters      which emitter makes kernels for a platform, or why none does
+_mosaic_gpu    the emitter for NVIDIA's GPUs
+_pallas_call   the emitters for TPUs, and in Triton for the GPUs of older jax
 _elementwise   equations that a backend lacks, or computes otherwise than XLA
 _shards        the kernels of a sharded leaf
+_jax           all of jax that is experimental or internal
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,15 +21,12 @@ import jax
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from adam_jax.fusion import _shards
+from adam_jax.fusion._emitters import emitter_for
 from adam_jax.fusion._graph import REMEDY
+from adam_jax.fusion._jax import Primitive, ad, batching, mlir
 from adam_jax.fusion._program import Program
-
-# The platforms with kernels: the platform that the kernels are for, and how Pallas interprets them.
-KERNELS = {"cuda": ("cuda", False), "tpu": ("tpu", False)}
 
 
 def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any]]:
@@ -38,17 +40,19 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
     without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. The same computes the
     leaves that get no kernel: small ones (under 4,096 elements), those in other dtypes than float32
     and bfloat16 or in blocks of a length that is no power of two or along another axis than the
-    second-to-last (`adam_jax.storage.int8` says which), and on a TPU vectors and matrices that XLA
-    lays out by columns there (such as 768 × 1000, whose rows would not fill its tiles). Axes of
-    length 1 do not count. Compiled for an H100 and a v5e, 8-bit adamw moves 29.1 and 20.3 bytes a
-    parameter of a patch embedding (16, 16, 3, 768), with 0.8 and 1.6 bytes of temporaries, and 23.1
-    and 20.3 of convolutions (512, 512, 3, 3), with 0.4 and 0.5; a kernel would move 16.3.
+    second-to-last (`adam_jax.storage.int8` says which), vectors on a TPU or in Mosaic GPU, on a TPU
+    matrices that XLA lays out by columns there (such as 768 × 1000, whose rows would not fill its
+    tiles), and in Mosaic GPU leaves whose last axis is no multiple of 128. Axes of length 1 do not
+    count. Compiled for an H100 and a v5e, 8-bit adamw moves 29.1 and 20.3 bytes a parameter of a
+    patch embedding (16, 16, 3, 768), with 0.8 and 1.6 bytes of temporaries, and 23.1 and 20.3 of
+    convolutions (512, 512, 3, 3), with 0.4 and 0.5; a kernel would move 16.3.
 
-    On a GPU the kernels are Pallas's Triton kernels, which jax 0.12 warns are deprecated.
+    The kernels are Pallas's: on TPUs Mosaic, on NVIDIA's GPUs Mosaic GPU where jax is at least 0.12
+    and the GPU a Hopper (compute capability 9.0), and Triton for all of NVIDIA's GPUs where jax is
+    older. On any other GPU the plain chain runs, and a warning says why.
 
-    Sharded leaves: inside `jax.shard_map`, on meshes with explicit axes, and on GPUs also on meshes
-    with automatic axes, every device runs the kernels of its shards. A leaf that cannot be split so
-    is an error; it is never gathered.
+    Sharded leaves: inside `jax.shard_map` and on meshes with explicit axes every device runs the
+    kernels of its shards. A leaf that cannot be split so is an error; it is never gathered.
 
     Args:
       tx: a chain of stages that treat every element or block of a leaf by itself, of adam_jax,
@@ -146,9 +150,7 @@ def _fused(fn: Callable[..., Any], gradients: int) -> Callable[..., Any]:
         first = len(jax.tree.leaves(args[:gradients]))
         is_gradient = range(first, first + len(jax.tree.leaves(args[gradients])))
         program = Program(closed.jaxpr, [n for n, i in enumerate(indices) if i in is_gradient])
-        results = _fused_p.bind(
-            *arrays, *closed.consts, program=program, needs=_shards.jaxpr_that_needs_devices()
-        )
+        results = _fused_p.bind(*arrays, *closed.consts, program=program)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return fused
@@ -160,32 +162,34 @@ def _fused(fn: Callable[..., Any], gradients: int) -> Callable[..., Any]:
 
 _fused_p = Primitive("adam_jax_fused")
 _fused_p.multiple_results = True
-_fused_p.def_impl(lambda *arrays, program, needs: program.plain(*arrays))
-_fused_p.def_abstract_eval(lambda *_, program, needs: [var.aval for var in program.jaxpr.outvars])
+_fused_p.def_impl(lambda *arrays, program: program.plain(*arrays))
+_fused_p.def_abstract_eval(lambda *_, program: [var.aval for var in program.jaxpr.outvars])
 
 
-def _lowering(lowered_for: str) -> Callable[..., Any]:
-    def rule(context, *arrays, program, needs):
-        if lowered_for not in KERNELS:
+def _lowering(platform: str) -> Callable[..., Any]:
+    def rule(context, *arrays, program):
+        emitter = emitter_for(platform)
+        if isinstance(emitter, str) and program.kernels:
+            _warn(f"adam_jax.fuse: there are no kernels, the plain chain runs. {emitter}")
+        if emitter is None or isinstance(emitter, str):
             return mlir.lower_fun(program.plain, multiple_results=True)(context, *arrays)
-        platform, interpret = KERNELS[lowered_for]
         devices = getattr(context.module_context.axis_context, "num_devices", 1)
         explicit = any(
             jax.sharding.AxisType.Explicit in aval.sharding.mesh.axis_types
             for aval in context.avals_in
         )
-        if lowered_for == "tpu" and devices > 1 and not explicit:
+        if devices > 1 and not explicit:
             raise ValueError(
-                "adam_jax.fuse: on TPUs XLA does not partition kernels by itself. Call the step "
-                "inside jax.shard_map, or use a mesh with explicit axes."
+                "adam_jax.fuse: XLA does not partition kernels by itself. Call the step inside "
+                "jax.shard_map, or use a mesh with explicit axes."
             )
 
-        launch = functools.partial(_shards.launch_on_shards, platform, interpret)
-
         def in_kernels(*arrays):
-            return program.run(platform, launch, arrays)
+            return program.run(
+                emitter, functools.partial(_shards.launch_on_shards, emitter), arrays
+            )
 
-        module = context.module_context.replace(platforms=(lowered_for,))
+        module = context.module_context.replace(platforms=(platform,))
         context = context.replace(module_context=module)
         try:
             return mlir.lower_fun(in_kernels, multiple_results=True)(context, *arrays)
@@ -198,18 +202,24 @@ def _lowering(lowered_for: str) -> Callable[..., Any]:
     return rule
 
 
-def _batched(arrays, axes, *, program, needs):
+@functools.cache
+def _warn(message: str) -> None:
+    """Once a process."""
+    warnings.warn(message, stacklevel=2)
+
+
+def _batched(arrays, axes, *, program):
     results = jax.vmap(program.plain, axes)(*arrays)
     return results, [0] * len(results)
 
 
-def _jvp(arrays, tangents, *, program, needs):
+def _jvp(arrays, tangents, *, program):
     tangents = tuple(ad.instantiate_zeros(t) for t in tangents)
     return jax.jvp(program.plain, tuple(arrays), tangents)
 
 
-mlir.register_lowering(_fused_p, _lowering("default"))
-for _platform in ("cpu", "cuda", "tpu"):
+mlir.register_lowering(_fused_p, _lowering("cpu"))
+for _platform in ("cuda", "rocm", "tpu"):
     mlir.register_lowering(_fused_p, _lowering(_platform), platform=_platform)
 batching.primitive_batchers[_fused_p] = _batched
 ad.primitive_jvps[_fused_p] = _jvp

@@ -3,10 +3,12 @@
 A backend of Pallas takes most equations as they are. Some it lacks, and some are another function
 there than in XLA for a few values. Those are made of others here, alike for all backends:
 
-    Triton    max, min and clamp drop NaN, -x of 0 is 0, round and division of bfloat16 are missing
-    Mosaic    NaN != NaN is False, -x of 0 is 0, little is there for integers of 8 and 16 bits
-    both      nothing is promised of shifts by more bits than there are, of integers divided by 0,
-              and of floats that an integer cannot hold
+    Triton        max, min and clamp drop NaN, -x of 0 is 0, round is missing, and for bfloat16
+                  division
+    Mosaic        NaN != NaN is False, -x of 0 is 0, little is there for integers of 8 and 16 bits
+    Mosaic GPU    floor, ceil and is_finite are missing, and for integers of 8 bits arithmetic
+    all           nothing is promised of shifts by more bits than there are, of integers divided by
+                  0, and of floats that an integer cannot hold
 
 What remains is refused by name.
 """
@@ -108,17 +110,44 @@ def _neg(equation: Equation, x: Any) -> Any:
     return x * jnp.full_like(x, -1) if _is_float(x) else _as_it_is(equation, x)
 
 
+def _whole(x: Any) -> tuple[Any, Any]:
+    """A float without its fraction, and that as an integer.
+
+    From 2**23 on a float has no fraction, and the integer is 0.
+    """
+    has_fraction = jnp.abs(x) < 2.0**23
+    whole = jnp.where(has_fraction, x, jnp.zeros_like(x)).astype(jnp.int32)
+    return jnp.where(has_fraction, whole.astype(x.dtype), x), whole
+
+
+def _with_sign(whole: Any, x: Any) -> Any:
+    """A zero has the sign of what became zero."""
+    return jnp.where(whole == 0, x * 0, whole)
+
+
+def _floor(equation: Equation, x: Any) -> Any:
+    wide = x.astype(jnp.float32)
+    whole, _ = _whole(wide)
+    return _with_sign(whole - (whole > wide).astype(jnp.float32), wide).astype(x.dtype)
+
+
+def _ceil(equation: Equation, x: Any) -> Any:
+    wide = x.astype(jnp.float32)
+    whole, _ = _whole(wide)
+    return _with_sign(whole + (whole < wide).astype(jnp.float32), wide).astype(x.dtype)
+
+
 def _round(equation: Equation, x: Any) -> Any:
     """To the nearest integer, of two as near to the even or the larger one, with the sign of x."""
-    size = jnp.abs(x)
-    down = jnp.floor(size)
+    wide = x.astype(jnp.float32)
+    size = jnp.abs(wide)
+    down, integer = _whole(size)
     beyond = size - down
     up = beyond >= 0.5
     if equation.params["rounding_method"] == jax.lax.RoundingMethod.TO_NEAREST_EVEN:
-        odd = down - 2 * jnp.floor(down * 0.5) == 1
-        up = (beyond > 0.5) | (up & odd)
-    rounded = down + up.astype(x.dtype)
-    return jnp.where(rounded == 0, x * 0, jnp.where(x < 0, rounded * -1, rounded))
+        up = (beyond > 0.5) | (up & (integer & 1 == 1))
+    rounded = down + up.astype(jnp.float32)
+    return _with_sign(jnp.where(wide < 0, rounded * -1, rounded), wide).astype(x.dtype)
 
 
 def _div(equation: Equation, x: Any, y: Any) -> Any:
@@ -134,6 +163,9 @@ def _div(equation: Equation, x: Any, y: Any) -> Any:
 def _integer_pow(equation: Equation, x: Any) -> Any:
     if x.dtype == jnp.bfloat16 and equation.params["y"] < 0:  # rounded twice
         equation.refuse_in_kernels("of bfloat16 with a negative power")
+    power = equation.params["y"]
+    if power <= 0:  # Mosaic GPU has positive powers only
+        return 1 / jax.lax.integer_pow(x, -power) if power else jnp.ones_like(x)
     return _as_it_is(equation, x)
 
 
@@ -188,6 +220,14 @@ def _of_float32(equation: Equation, *inputs: Any) -> Any:
     return _as_it_is(equation, *inputs)
 
 
+def _reduce_precision(equation: Equation, x: Any) -> Any:
+    """A kernel keeps conversions that XLA leaves out."""
+    bits = equation.params["exponent_bits"], equation.params["mantissa_bits"]
+    if x.dtype == jnp.float32 and bits == (8, 7):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+    return _as_it_is(equation, x)
+
+
 # --- Conversions ----------------------------------------------------------------------------------
 
 
@@ -232,20 +272,23 @@ IN_FLOAT32 = [
     "log1p", "pow", "rsqrt", "sin", "sinh", "sqrt", "tan", "tanh",
 ]  # fmt: skip
 OF_FLOAT32 = ["acosh", "asinh", "atanh", "exp2", "logistic", "nextafter"]
-OF_ANY_WIDTH = {"bitcast_convert_type", "convert_element_type", "select_n"}
+OF_ANY_WIDTH = {"bitcast_convert_type", "convert_element_type"}
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(IN_FLOAT32, _in_float32),
     **dict.fromkeys(OF_FLOAT32, _of_float32),
     "bitcast_convert_type": _bits,
     "clamp": _clamp,
     "convert_element_type": _convert,
+    "ceil": _ceil,
     "div": _div,
+    "floor": _floor,
     "integer_pow": _integer_pow,
     "is_finite": _is_finite,  # Triton of jax 0.7 has none
     "max": _max,
     "min": _min,
     "ne": _not_equal,
     "neg": _neg,
+    "reduce_precision": _reduce_precision,
     "rem": _rem,
     "round": _round,
     "select_n": _select,

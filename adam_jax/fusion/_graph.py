@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.extend.core import Literal
 
+from adam_jax.fusion._jax import Literal
 from adam_jax.fusion._tiles import OPERATIONS, TileOperation
 
 # The elementwise equations of JAX.

@@ -2,25 +2,27 @@
 
 A local chain treats every element of a leaf, or every block of elements, by itself. So the
 equations that JAX traces on whole leaves hold for a tile of a leaf too, and they are the body of
-a Pallas kernel (`_kernel.py`). No kernel is written for any optimizer. `Program` sorts them:
+a kernel (`_kernel.py`). No kernel is written for any optimizer. `Program` sorts them:
 
     between scalars, and of small leaves     XLA computes them, outside of the kernels
     between the arrays of one large leaf     the kernel of this leaf
     anything else                            is not local: refused, with the name of its stage
 """
 
+import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from adam_jax._numerics import SMALL
 from adam_jax.fusion._graph import IDENTITIES, DisjointSets, Equation, Value, inlined
-from adam_jax.fusion._kernel import Kernel
-from adam_jax.fusion._tiles import wide_axes
+from adam_jax.fusion._jax import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from adam_jax.fusion._kernel import Emitter, Kernel
+from adam_jax.fusion._tiles import Expansion, Reduction, wide_axes
 
 DTYPES = {"float32", "bfloat16", "int32", "uint32", "int16", "uint16", "int8", "uint8", "bool"}
 
@@ -107,11 +109,11 @@ class Program:
         lengths: dict[Value, int] = {}
         for equation in body:
             operation = equation.tile_operation
-            if operation is None or operation.shared is None:
+            if not isinstance(operation, Reduction | Expansion):
                 if operation is None and not equation.elementwise:
                     equation.refuse()
                 continue
-            (value,) = equation.outputs if operation.shared == "output" else equation.inputs
+            (value,) = equation.outputs if isinstance(operation, Reduction) else equation.inputs
             axes.append(equation.params["axis"])
             length = equation.params["block"]
             known = lengths.setdefault(self.same_shape.find(value), length)
@@ -144,15 +146,18 @@ class Program:
         closed = ClosedJaxpr(self.jaxpr, arguments[arity:])
         return jaxpr_as_fun(closed)(*arguments[:arity])
 
-    def run(self, platform: str, launch: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+    def run(
+        self, emitter: Emitter, launch: Callable[..., Any], arguments: Sequence[Any]
+    ) -> list[Any]:
         """The results of the step.
 
         Args:
-          platform: "cuda" or "tpu".
-          launch: called as `launch(kernel, tile_shape, scalars, arrays)` for each kernel.
+          emitter: makes the kernels.
+          launch: called as `launch(kernel, tile_shape, scalars, arrays)`. Kernels that compute the
+            same are one function, which is traced, lowered and compiled once.
           arguments: the arguments of the step, then what it closes over.
         """
-        tiles = {kernel: kernel.tile_shape(platform) for kernel in self.kernels.values()}
+        tiles = {k: emitter.tile_shape(k, k.shape) for k in self.kernels.values()}
         kernels = {kernel: tile for kernel, tile in tiles.items() if tile}
         inside = {id(equation) for kernel in kernels for equation in kernel.body}
         known = dict(zip(self.inputs, arguments, strict=True))
@@ -163,9 +168,12 @@ class Program:
             _compute(equation, known)
             if self.uniform.issuperset(equation.outputs):
                 _compute_element(equation, known, elements)
+        launches: dict[Hashable, Callable[..., Any]] = {}
         for kernel, tile in kernels.items():
             scalars = [elements[value] for value in kernel.scalars]
-            results = launch(kernel, tile, scalars, [known[value] for value in kernel.reads])
+            arrays = [known[value] for value in kernel.reads]
+            once = launches.setdefault(kernel.key, jax.jit(functools.partial(launch, kernel, tile)))
+            results = once(scalars, arrays)
             known.update(zip(kernel.writes, results, strict=True))
         return [known[v] if isinstance(v, Value) else v for v in self.outputs]
 

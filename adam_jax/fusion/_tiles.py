@@ -2,7 +2,8 @@
 
 A chain in a kernel sees one tile. Elementwise equations hold there as they are. The operations of
 this file do not, so each is one equation of its own, whose form for a tile stands beside the form
-for a leaf:
+for a leaf. That form speaks of one element and where it is in its block, so it serves a kernel that
+has all rows of a tile at once and one that goes through them one by one:
 
     positions           the index of every element in the leaf
     largest             the largest magnitude of every block
@@ -18,51 +19,19 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
+from adam_jax.fusion._jax import Primitive, ad, batching, mlir
 from adam_jax.sharding import in_one_part, parts_of_axis, reshaped
 
 PIECE = 8  # the rows of a TPU's tile
 SHORTEST = 12  # elements of an axis: blocks of fewer would be mostly scales
 
-# --- One equation with two forms ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The tile of a leaf that a kernel works on.
-
-    A kernel sees a leaf without its axes of length 1. Arrays of a tile have the last two of the
-    others, or the only one, so blocks lie along their axis 0.
-
-    Attributes:
-      shape: the shape of the tile.
-      index: which tile it is, along each axis of the leaf.
-      leaf_shape: the shape of the leaf.
-      lengths: the shape of what the kernel works on: the leaf, or a shard of it.
-      offset: where in the leaf that shard begins, along each axis; None for a whole leaf.
-    """
-
-    shape: tuple[int, ...]
-    index: list[Any]
-    leaf_shape: tuple[int, ...]
-    lengths: tuple[int, ...]
-    offset: Any = None
-
-    def padded(self, x: Any) -> Any:
-        """Zeros behind the last row of the leaf, as `split` pads with."""
-        axis, rows = max(len(self.lengths) - 2, 0), len(x)
-        if self.lengths[axis] % rows == 0:
-            return x
-        row = self.index[axis] * rows + jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-        return jnp.where(row < self.lengths[axis], x, jnp.zeros_like(x))
+# --- Blocks of a leaf -----------------------------------------------------------------------------
 
 
 def wide_axes(shape: tuple[int, ...]) -> list[int]:
@@ -89,6 +58,9 @@ def in_blocks(shape: Sequence[int], axis: int | None, block: int) -> tuple[int, 
     return tuple(-(-length // block) if a == axis else length for a, length in enumerate(shape))
 
 
+# --- One equation with two forms ------------------------------------------------------------------
+
+
 class TileOperation:
     """A function of an array as one equation: a JAX primitive.
 
@@ -98,12 +70,11 @@ class TileOperation:
 
     Args:
       on_leaf: the function.
-      shared: which of the two has one element per block; None if neither has.
     """
 
-    def __init__(self, on_leaf: Callable[..., Any], shared: Literal["input", "output"] | None):
+    def __init__(self, on_leaf: Callable[..., Any]):
         names = list(inspect.signature(on_leaf).parameters)[1:]
-        self.parameters, self.shared = names, shared
+        self.parameters = names
         # Unused inputs are kept for their sharding, which is that of the result.
         self.on_leaf = jax.jit(on_leaf, static_argnames=names, keep_unused=True)
         self.primitive = Primitive(f"adam_jax_{on_leaf.__name__}")
@@ -114,14 +85,10 @@ class TileOperation:
         batching.primitive_batchers[self.primitive] = self._batched
         ad.primitive_jvps[self.primitive] = self._jvp
         functools.update_wrapper(self, on_leaf)
+        OPERATIONS[self.primitive] = self
 
     def __call__(self, x: jax.Array, *parameters: Any) -> jax.Array:
         return self.primitive.bind(x, **dict(zip(self.parameters, parameters, strict=True)))
-
-    def for_tile(self, on_tile: Callable[..., Any]) -> Callable[..., Any]:
-        """A decorator: `on_tile(tile, x, **parameters)` is the form for a tile."""
-        self.on_tile = on_tile
-        return on_tile
 
     def _type(self, x: Any, **parameters: Any) -> Any:
         on_leaf = functools.partial(self.on_leaf, **parameters)
@@ -136,26 +103,57 @@ class TileOperation:
         return jax.jvp(on_leaf, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
 
+class Reduction(TileOperation):
+    """One element of the output for each block of the input.
+
+    Attributes:
+      each: `each(x, row, block)` is what an element contributes that is in row `row` of its block.
+        Kernels have few operations on integers of fewer bits, so it is an int32, as `row` is.
+      combine: of two contributions, and of more in any order.
+      finish: the element of the output.
+    """
+
+    each: Callable[[Any, Any, int], Any]
+    combine: Callable[[Any, Any], Any]
+    finish: Callable[[Any], Any]
+
+    def for_tile(self, each: Any, combine: Any, finish: Any) -> None:
+        self.each, self.combine, self.finish = each, combine, finish
+
+
+class Expansion(TileOperation):
+    """One element of the input for each block of the output.
+
+    Attributes:
+      each: `each(x, row, block)` is the element in row `row` of the block that shares x, in the
+        dtype of x, but as an int32 if both are integers.
+    """
+
+    each: Callable[[Any, Any, int], Any]
+
+    def for_tile(self, each: Any) -> None:
+        self.each = each
+
+
+class Location(TileOperation):
+    """A function of where an element is in the leaf.
+
+    Attributes:
+      at: `at(index, shape)`, of the index along each axis of the leaf and the leaf's shape.
+    """
+
+    at: Callable[[Sequence[Any], Sequence[int]], Any]
+
+    def for_tile(self, at: Any) -> None:
+        self.at = at
+
+
 OPERATIONS: dict[Primitive, TileOperation] = {}
-
-
-def tile_operation(
-    shared: Literal["input", "output"] | None = None,
-) -> Callable[[Callable[..., Any]], TileOperation]:
-    """A decorator for the form of a leaf; `for_tile` of the result takes the other one."""
-
-    def decorated(on_leaf):
-        operation = TileOperation(on_leaf, shared)
-        OPERATIONS[operation.primitive] = operation
-        return operation
-
-    return decorated
-
 
 # --- The operations -------------------------------------------------------------------------------
 
 
-@tile_operation()
+@Location
 def positions(like: jax.Array) -> jax.Array:
     """The index of every element of `like` in row-major order, modulo 2**32."""
     # The zeros are sharded as `like` is. A sum of iotas alone would be replicated.
@@ -167,24 +165,17 @@ def positions(like: jax.Array) -> jax.Array:
 
 
 @positions.for_tile
-def _(tile: Tile, x: Any) -> Any:
-    position = jnp.zeros(x.shape, jnp.uint32)
-    for axis, length in enumerate(tile.shape):
-        along: Any = tile.index[axis] * length
-        if tile.offset is not None:
-            along += tile.offset[axis]
-        if (axis_of_x := axis - len(tile.shape) + x.ndim) >= 0:
-            along += jax.lax.broadcasted_iota(jnp.int32, x.shape, axis_of_x)
-        position += along.astype(jnp.uint32) * _stride(tile.leaf_shape, axis)
-    return position
+def _(index: Sequence[Any], shape: Sequence[int]) -> Any:
+    along = (i.astype(jnp.uint32) * _stride(shape, axis) for axis, i in enumerate(index))
+    return functools.reduce(jnp.add, along)
 
 
-def _stride(shape: tuple[int, ...], axis: int) -> np.uint32:
+def _stride(shape: Sequence[int], axis: int) -> np.uint32:
     """The distance in row-major order from one element to the next along an axis."""
     return np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
 
 
-@tile_operation(shared="output")
+@Reduction
 def largest(x: jax.Array, axis: int | None, block: int) -> jax.Array:
     """The largest magnitude of every block, in bfloat16, rounded up; NaN if a magnitude is NaN.
 
@@ -208,20 +199,21 @@ def largest(x: jax.Array, axis: int | None, block: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-@largest.for_tile
-def _(tile: Tile, x: Any, axis: int, block: int) -> Any:
-    bits = jnp.max(_rows_in_blocks(tile.padded(_magnitudes(x)), block), 1)
-    bits = (bits + np.int32(0xFFFF)) & np.int32(-0x10000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
-
-
 def _magnitudes(x: jax.Array) -> jax.Array:
     """The bits of the magnitudes; all NaNs have the same, which rounding up keeps a NaN."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32)
     return jnp.minimum(bits, np.int32(0x7FC00000))
 
 
-@tile_operation(shared="input")
+def _rounded_up(bits: jax.Array) -> jax.Array:
+    bits = (bits + np.int32(0xFFFF)) & np.int32(-0x10000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
+largest.for_tile(each=lambda x, row, block: _magnitudes(x), combine=jnp.maximum, finish=_rounded_up)
+
+
+@Expansion
 def spread(x: jax.Array, axis: int | None, block: int, shape: tuple[int, ...]) -> jax.Array:
     """One number per block, repeated for each of its elements."""
     if axis is None:
@@ -229,12 +221,10 @@ def spread(x: jax.Array, axis: int | None, block: int, shape: tuple[int, ...]) -
     return repeated(x, axis, block, shape[axis])
 
 
-@spread.for_tile
-def _(tile: Tile, x: Any, axis: int, block: int, shape: tuple[int, ...]) -> Any:
-    return _repeated_rows(x, block).reshape(-1, *x.shape[1:])
+spread.for_tile(each=lambda x, row, block: x)
 
 
-@tile_operation(shared="output")
+@Reduction
 def packed(codes: jax.Array, axis: int | None, block: int) -> jax.Array:
     """Blocks of neighbouring codes, one byte for each block: the first code in the lowest bits."""
     codes, axis = (as_vector(codes), 0) if axis is None else (codes, axis)
@@ -242,14 +232,14 @@ def packed(codes: jax.Array, axis: int | None, block: int) -> jax.Array:
     return jax.lax.reduce(shifted, np.uint8(0), jax.lax.bitwise_or, [axis + 1])
 
 
-@packed.for_tile
-def _(tile: Tile, codes: Any, axis: int, block: int) -> Any:
-    codes = _rows_in_blocks(tile.padded(codes.astype(jnp.int32)), block)
-    shifted = codes << _shifts_of_tile(codes.shape)
-    return jnp.sum(shifted, 1, dtype=jnp.int32).astype(jnp.uint8)
+packed.for_tile(
+    each=lambda codes, row, block: codes.astype(jnp.int32) << row * np.int32(8 // block),
+    combine=jnp.add,
+    finish=lambda codes: codes.astype(jnp.uint8),
+)
 
 
-@tile_operation(shared="input")
+@Expansion
 def unpacked(codes: jax.Array, axis: int | None, block: int, shape: tuple[int, ...]) -> jax.Array:
     """The codes of a leaf of this shape that `packed` has packed."""
     if axis is None:
@@ -261,32 +251,14 @@ def unpacked(codes: jax.Array, axis: int | None, block: int, shape: tuple[int, .
 
 
 @unpacked.for_tile
-def _(tile: Tile, codes: Any, axis: int, block: int, shape: tuple[int, ...]) -> Any:
-    shifted = _repeated_rows(codes.astype(jnp.int32), block)
-    shifted = shifted >> _shifts_of_tile(shifted.shape)
-    unpacked = shifted & np.int32(2 ** (8 // block) - 1)
-    return unpacked.reshape(-1, *codes.shape[1:]).astype(jnp.uint8)
+def _(codes: Any, row: Any, block: int) -> Any:
+    return (codes >> row * np.int32(8 // block)) & np.int32(2 ** (8 // block) - 1)
 
 
 def _shifts(ndim: int, axis: int, block: int) -> np.ndarray:
     """How far each code of a byte is shifted, along an axis of its own."""
     shape = [-1 if a == axis + 1 else 1 for a in range(ndim + 1)]
     return np.arange(0, 8, 8 // block, dtype=np.uint8).reshape(shape)
-
-
-def _shifts_of_tile(shape: tuple[int, ...]) -> Any:
-    """The same along axis 1, made of an iota: a kernel must not close over arrays."""
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1) * np.int32(8 // shape[1])
-
-
-def _rows_in_blocks(x: Any, block: int) -> Any:
-    """The rows of a tile as two axes: which block, and which row of it."""
-    return x.reshape(-1, block, *x.shape[1:])
-
-
-def _repeated_rows(x: Any, block: int) -> Any:
-    """Every row of a tile `block` times, along a new axis 1."""
-    return jnp.broadcast_to(jnp.expand_dims(x, 1), (len(x), block, *x.shape[1:]))
 
 
 # --- On leaves only -------------------------------------------------------------------------------
