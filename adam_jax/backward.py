@@ -118,19 +118,17 @@ class LayerOutsideOfScan:
         self.call, self.number = call, number
 
 
-def scan(f: Callable[..., Any], init: Any, xs: Any, *shared: Any) -> tuple[Any, Any]:
+def scan(f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` over the layers, which `value_and_step` steps on its way back.
 
     Called with arrays it *is* `jax.lax.scan`, so that one loss serves training, evaluation and
     `jax.grad`.
 
     Args:
-      f: a layer, `(carry, x, *shared) -> (carry, y)`. Under `jax.checkpoint` its policy says what
-        is kept for the way back, and without it everything is that the derivative needs.
+      f: a layer, `(carry, x) -> (carry, y)`. Under `jax.checkpoint` its policy says what is kept
+        for the way back, and without it all that the derivative needs.
       init: the first carry, a tree of arrays.
       xs: the stacked layers, alone or in a tree with other arrays that have one row for each layer.
-      shared: what all layers read. What depends on parameters must be given here: if `f` closes
-        over it, JAX raises an UnexpectedTracerError.
 
     Returns:
       The last carry, and the `y` of all layers, stacked.
@@ -146,10 +144,10 @@ def scan(f: Callable[..., Any], init: Any, xs: Any, *shared: Any) -> tuple[Any, 
     """
     calls = {leaf.call for leaf in jax.tree.leaves(xs) if isinstance(leaf, LayerOutsideOfScan)}
     if not calls:
-        return jax.lax.scan(lambda carry, x: f(carry, x, *shared), init, xs)
+        return jax.lax.scan(f, init, xs)
     (call,) = calls
     if call.results is None:
-        raise _Reached(f, init, xs, shared)
+        raise _Reached(f, init, xs)
     call.count += 1
     if call.count > 1:
         raise ValueError("adam_jax.backward: the loss scans the layers more than once.")
@@ -179,7 +177,25 @@ def init(
     layers: Any,
     layers_tx: optax.GradientTransformation | None = None,
 ) -> BackwardState:
-    """The state before the first step of `value_and_step`, of the same chains."""
+    """The state before the first step of `value_and_step`, of the same chains.
+
+    Args:
+      tx: the chain for `params`.
+      params: all that is trained besides the layers.
+      layers: a tree of arrays with the layers along their first axis.
+      layers_tx: the chain for a layer; None takes `tx`.
+
+    Returns:
+      A `BackwardState`: zeros, wherever those of the chains are.
+
+    Example:
+      >>> import adam_jax, jax.numpy as jnp
+      >>> state = adam_jax.backward.init(adam_jax.adam(1e-3), jnp.ones(8), jnp.ones((4, 8, 8)))
+      >>> state.layers[0].mu.shape, state.params[0].mu.shape
+      ((4, 8, 8), (8,))
+
+    Source: see `value_and_step`.
+    """
     return BackwardState(
         grad_norm=jnp.zeros([], jnp.float32),
         params=tx.init(params),
@@ -264,15 +280,21 @@ def value_and_step(
             try:
                 loss(params, marks, *args)
             except _Reached as reached:
-                f, first, xs, shared = reached.operands
+                f, first, xs = reached.operands
                 xs, with_weights = _without_layers(xs, layers)
+                # What the layer closes over has a derivative too: it becomes an argument.
+                layer, shared = jax.closure_convert(
+                    lambda carry, w, x: f(carry, with_weights(x, w)),
+                    first,
+                    *map(_row, (weights, xs)),
+                )
                 floats, others, joined = _split((first, xs, shared))
-                return floats, (others, f, joined, with_weights)
+                return floats, (others, layer, joined)
             raise ValueError("adam_jax.backward: the loss does not call scan(f, init, layers).")
 
-        floats, pull_before, (others, f, joined, with_weights) = _vjp(before, params)
+        floats, pull_before, (others, f, joined) = _vjp(before, params)
         first, xs, shared = joined(floats, others)
-        layer = _Layerwise(lambda carry, w, x, shared: f(carry, with_weights(x, w), *shared))
+        layer = _Layerwise(lambda carry, w, x, shared: f(carry, w, x, *shared))
         last, (ys, kept) = jax.lax.scan(
             lambda carry, x: layer.forward(carry, *x, shared), first, (weights, xs)
         )
@@ -407,6 +429,11 @@ def _without_layers(xs: Any, layers: Any) -> tuple[list[Any], Callable[..., Any]
         )
 
     return [x for x in leaves if not isinstance(x, LayerOutsideOfScan)], with_weights
+
+
+def _row(tree: Any) -> Any:
+    """What one layer has of stacked arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.result_type(x)), tree)
 
 
 def _names(tree: Any) -> list[str]:
