@@ -557,7 +557,7 @@ def test_a_fused_step_of_shards_moves_nothing_between_devices(device, spec):
 
 
 # Bytes a parameter of a stack of twelve layers besides weights and state; all gradients are 4 more.
-TEMPORARIES = {"h100": 1.1, "v5e": 0.1}  # of the H100's a part is room for its matrix products
+TEMPORARIES = {"h100": 1.25, "v5e": 0.1}  # of the H100's a part is room for its matrix products
 
 
 @pytest.mark.parametrize("device", DEVICES)
