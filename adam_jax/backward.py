@@ -217,8 +217,10 @@ def value_and_step(
     until the layer is stepped, so for the layers the step needs no memory besides weights and
     state, which it writes in place if they are donated, but for a layer or two.
 
-    Compiled for an H100 and a v5e: `python examples/large.py`. XLA's CPU backend copies the
-    weights and the state.
+    Compiled, 12 layers of two 1024 × 1024 matrices, bytes a parameter that the step needs in all:
+    with float32 and `adam` 13.0 on an H100 and 12.0 on a v5e, where all gradients at once need 16.4
+    and 16.1; with bfloat16, `compensate("int8")` and moments in 8 bits 6.1 and 5.2, not 7.6 and
+    12.3. XLA's CPU backend copies the weights and the state.
 
     Args:
       loss: `(params, layers, *args) -> value`, a real scalar. It calls `adam_jax.backward.scan`
@@ -365,15 +367,14 @@ class _Layerwise:
         self.counts = [len(_split(operand)[0]) for operand in operands]
 
         def run(floats):
-            floats, others, joined_results = _split(self.fn(*joined(floats, others_before)))
-            return floats, (others, joined_results)
+            results, *rest = _split(self.fn(*joined(floats, others)))
+            return results, rest
 
-        others_before = others
-        results, pull, (others, joined_results) = _vjp(run, floats)
+        results, pull, (others_of_results, joined_results) = _vjp(run, floats)
         needed, self.structure = jax.tree.flatten(pull)
         known = {id(x): n for n, x in enumerate(jax.tree.leaves(operands[1:]))}
         self.sources = [known.get(id(x)) for x in needed]
-        carry, y = joined_results(results, others)
+        carry, y = joined_results(results, others_of_results)
         kept = [x for x, source in zip(needed, self.sources, strict=True) if source is None]
         return carry, (y, kept)
 

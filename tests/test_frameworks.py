@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from support import assert_close, mesh_of, plain_step, refused
 
 import adam_jax
-from adam_jax import storage
+from adam_jax import backward, storage
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(32, 3)).astype(np.float32)
@@ -566,3 +566,45 @@ def test_parameters_with_a_last_field_named_whole(how):
     tx = adam_jax.adam(1e-2, mu_storage=how)
     updates, _ = tx.update(params, tx.init(params), params)
     assert isinstance(updates, Weights)
+
+
+# --- In the backward pass -------------------------------------------------------------------------
+
+
+def stack_of_nnx():
+    """Three layers in one module, and a function of the state of one."""
+
+    make = nnx.vmap(lambda key: nnx.Linear(8, 8, rngs=nnx.Rngs(key)))
+    graph, layers = nnx.split(make(jax.random.split(jax.random.key(0), 3)))
+    return layers, lambda layer, x: nnx.merge(graph, layer)(x)
+
+
+def stack_of_equinox():
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = eqx.filter_vmap(lambda key: eqx.nn.Linear(8, 8, key=key))(keys)
+    arrays, rest = eqx.partition(layers, eqx.is_inexact_array)
+    return arrays, lambda layer, x: jax.vmap(eqx.combine(layer, rest))(x)
+
+
+@pytest.mark.parametrize("how", [None, storage.int8()], ids=["float32", "8-bit"])
+@pytest.mark.parametrize("make", [stack_of_nnx, stack_of_equinox])
+def test_a_stack_of_layers_is_stepped_in_the_backward_pass(make, how):
+    layers, call = make()
+    tx = adam_jax.adamw(1e-2, mu_storage=how)
+
+    def loss(head, layers):
+        layer = lambda x, layer: (x + jnp.tanh(call(layer, x)), None)  # noqa: E731
+        x, _ = backward.scan(layer, jnp.tile(X, (1, 3))[:, :8], layers)
+        return jnp.mean((x @ head - Y) ** 2)
+
+    step = jax.jit(backward.value_and_step(loss, tx), donate_argnums=(0, 1, 2))
+    head, structure = jnp.ones((8, 1)) / 8, jax.tree.structure(layers)
+    carry, values = (head, layers, backward.init(tx, head, layers)), []
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        due = float(loss(head, layers))
+        for _ in range(60):
+            value, *carry = step(*carry)
+            values.append(float(value))
+    assert values[0] == pytest.approx(due)
+    assert values[-1] < values[0] / 2
+    assert jax.tree.structure(carry[1]) == structure

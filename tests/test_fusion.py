@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib.mlir import ir
-from support import assert_close, matrices_only, mesh_of, stack
+from support import assert_close, matrices_only, mesh_of, plain_step, stack
 from tables import keeping
 
 import adam_jax
@@ -40,15 +40,6 @@ from adam_jax.fusion._pallas_call import Tpu, Triton
 from adam_jax.fusion._shards import launch_on_shards
 
 INT8, INT4 = storage.int8(), storage.int4()
-
-
-def plain_step(tx):
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        with jax.numpy_dtype_promotion("standard"):
-            return optax.apply_updates(params, updates), state
-
-    return step
 
 
 # The emitters of this jax.
