@@ -98,8 +98,8 @@ def short_run(monkeypatch, tmp_path, capsys):
             assert {leaf.dtype for leaf in jax.tree.leaves(weights)} == {jnp.dtype("float32")}
             jax.tree.map(np.testing.assert_array_equal, weights, wide(start[0]))
         losses = original(step, runs, data, steps)
-        for values in losses.values():
-            assert values[-3:].mean() < values[:3].mean() - 1
+        for values in losses.values():  # the first is the untrained model's; a batch is small
+            assert values[-3:].mean() < values[0] - 1
         return losses
 
     def run(model, *arguments):
