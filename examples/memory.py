@@ -24,8 +24,9 @@ import numpy as np
 import optax
 import transformer
 from commandline import hardware, new_file, positive
+from digits import BATCH, shipped_digits
 from flax import nnx
-from mnist import BATCH, Network, cross_entropy, shipped_digits
+from mnist import Network, cross_entropy
 from tqdm import tqdm
 
 import adam_jax

@@ -20,8 +20,8 @@ import matplotlib
 import numpy as np
 import optax
 from commandline import hardware, new_file, positive
+from digits import Data, shipped_digits
 from flax import nnx
-from mnist import Data, shipped_digits
 from tqdm import tqdm
 
 import adam_jax

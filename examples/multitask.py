@@ -20,8 +20,9 @@ import numpy as np
 import optax
 from commandline import directory, hardware, positive
 from compare import save
+from digits import Data, shipped_digits
 from flax import nnx
-from mnist import Data, cross_entropy, shipped_digits
+from mnist import cross_entropy
 from tqdm import tqdm
 
 import adam_jax

@@ -1,4 +1,4 @@
-"""The README's Python blocks run in their order, and every public name is documented."""
+"""The Python blocks of the README and the guide run, and every public name is documented."""
 
 import graphlib
 import inspect
@@ -16,15 +16,56 @@ import tables
 import adam_jax
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
 
 
-def test_readme_blocks_run():
-    assert BLOCKS
+@pytest.mark.parametrize("page", ["README.md", "examples/guide.md"])
+def test_the_blocks_of_a_page_run(page):
+    """In their order, in one session."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert len(blocks) > 5
     session: dict = {}
-    with jax.numpy_dtype_promotion("standard"):  # as a reader's session is
-        for block in BLOCKS:
-            exec(compile(block, "README.md", "exec"), session)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as a reader's
+        for block in blocks:
+            exec(compile(block, page, "exec"), session)
+    if page == "README.md":  # "w is now 3, b is 1", and the network has learned the same line
+        assert float(session["losses"][-1]) < float(session["losses"][0]) / 10
+        line = jax.tree.map(float, jax.tree.map(lambda x: x.ravel()[0], session["params"]))
+        assert line == pytest.approx({"w": 3, "b": 1}, abs=1e-2)
+
+
+def test_the_readme_is_short():
+    """Its words outside of code, its tables, and the names in code per 100 words."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    words = len(prose.split())
+    assert words < 1200
+    assert prose.count("\n|---") <= 2
+    assert len(re.findall(r"`[^`]+`", prose)) < 6 * words / 100
+
+
+def test_nothing_is_left_to_be_filled_in():
+    """No placeholder that a reader would paste."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("examples/**/*.*"), *ROOT.glob("adam_jax/*.md")]
+    texts = {page: page.read_text() for page in pages if page.suffix in (".md", ".ipynb", ".html")}
+    assert len(texts) > 6
+    assert [page.name for page, text in texts.items() if re.search(r"<(address|your) ", text)] == []
+
+
+def test_links_lead_to_files_and_headings():
+    pages = [ROOT / "README.md", *ROOT.glob("examples/**/*.md"), *ROOT.glob("adam_jax/*.md")]
+    pages.append(ROOT / ".github" / "CONTRIBUTING.md")
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith(("http", "mailto")):
+                continue
+            path, _, heading = target.partition("#")
+            to = (page.parent / path).resolve() if path else page
+            assert to.exists(), f"{page.name} links to {target}"
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", to.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+                assert heading in anchors, f"{page.name} links to {target}"
 
 
 NAMES = [*map.public(), *map.NAMESPACES]
@@ -66,10 +107,9 @@ def test_every_stage_is_in_the_table_of_the_tests():
     assert {name.split()[0] for name in tables.STAGES} == stages - around - tables.MEMBERS.keys()
 
 
-def test_the_readme_names_the_family():
-    family = (
-        (ROOT / "README.md").read_text().partition("\n## The family\n")[2].partition("\n## ")[0]
-    )
+def test_the_guide_names_the_family():
+    guide = (ROOT / "examples" / "guide.md").read_text()
+    family = guide.partition("\n## The family\n")[2].partition("\n## ")[0]
     assert set(chains.members()) <= set(re.findall(r"`(\w+)`", family))
 
 

@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from application import OURS, THEIRS, plt
 from boxes import Detections, align, around, detected, iou, mean_average_precision, move, nms, rows
+from digits import shipped_digits
 from digits_on_canvas import CLASSES, MOST, SIDE, Canvases, components, draw_canvas, paint
 from flax import nnx
-from mnist import shipped_digits
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 import adam_jax

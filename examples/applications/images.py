@@ -24,8 +24,8 @@ from application import (
     report,
     train,
 )
+from digits import CLASSES, Data, shipped_digits
 from flax import nnx
-from mnist import CLASSES, Data, shipped_digits
 from sklearn.svm import SVC
 
 import adam_jax

@@ -10,10 +10,10 @@ import detection
 import digits_on_canvas
 import jax
 import jax.numpy as jnp
-import mnist
 import numpy as np
 import optax
 import pytest
+from digits import Data
 from support import assert_close, random_grads, stack, user_jit
 
 pytestmark = [
@@ -30,7 +30,7 @@ def digits():
     blocks[:, [0, -1], :] = blocks[:, :, [0, -1]] = 1
     images = np.pad(np.kron(blocks, np.ones((1, 4, 4))), ((0, 0), (4, 4), (4, 4)))
     images, labels = images.astype(np.float32), np.arange(10, dtype=np.int32)
-    return mnist.Data(images, labels, images, labels)
+    return Data(images, labels, images, labels)
 
 
 # --- Boxes ----------------------------------------------------------------------------------------

@@ -69,6 +69,28 @@ def digits(tmp_path):
     return directory
 
 
+@pytest.mark.parametrize("program", ["minimal.py", "minimal_equinox.py"])
+def test_minimal(tmp_path, program):
+    done = run(program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    assert float(re.search(r"step 600: loss [\d.]+, accuracy ([\d.]+)%", last)[1]) > 94
+
+
+def test_pipeline(tmp_path):
+    """Its last signal is Adam's tenth update, and gradients of any size have the same."""
+    done = run("pipeline.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tx = adam_jax.adam(1e-3)
+    state = tx.init(jnp.zeros(2))
+    for noise in jax.random.normal(jax.random.key(1), (10,)):
+        gradient = jnp.array([1 + noise, (1 + noise) * 1e-3])
+        updates, state = tx.update(gradient, state)
+    assert done.stdout.splitlines()[-1] == str(updates)
+    assert float(updates[0]) == pytest.approx(float(updates[1]), rel=1e-4)
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"pipeline.svg", "pipeline-dark.svg"}
+
+
 @pytest.mark.parametrize("loss", ["cross-entropy", "mse"])
 def test_mnist_on_the_shipped_digits(tmp_path, loss):
     """Both optimizers learn, and agree to the last bit."""

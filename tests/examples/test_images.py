@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from digits import Data
 from flax import nnx
-from mnist import Data
 from support import assert_close, user_jit
 
 MODELS = sorted(images.MODELS)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import multimodal
 import numpy as np
 import pytest
+from digits import Data
 from flax import nnx
-from mnist import Data
 
 STEPS, FROZEN = 40, 5
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import multitask
 import numpy as np
 import pytest
-from mnist import Data
+from digits import Data
 from tqdm import tqdm
 
 
