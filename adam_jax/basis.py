@@ -83,6 +83,11 @@ def in_basis(
 
     .. math:: U\, tx(U^H G\, W)\, W^H
 
+    The last two axes of a leaf are a matrix G of m × n, those in front a batch; leaves of fewer
+    axes take the chain as it is. The columns of U, of length m, and of W, of length n, are the new
+    axes of the rows and columns. `eigenvectors` has seen no gradient before the first step, which
+    therefore only finds the basis: its update is 0.
+
     With an orthogonal basis plain descent stays what it is; a chain that looks at elements becomes
     another one. Weight decay may be inside where the basis is complete, as `eigenvectors` is; with
     `singular_vectors` it belongs outside, because inside it reaches the projection only. The

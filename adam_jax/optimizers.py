@@ -3,11 +3,10 @@
 Each function returns its chain, an `optax.GradientTransformationExtraArgs`, and its body is that
 chain: with the same stages you get the same optimizer. Where optax has the name, its arguments come
 first and its defaults hold. After the `*` come the same few options, which mean the same
-everywhere; `adam` documents them.
+everywhere.
 
-Every hyperparameter is checked when the optimizer is built: a ValueError says which is out of its
-range, a TypeError which is of the wrong kind. In `update` a gradient that does not match its
-parameter is a ValueError. With weight decay, `update` needs the parameters.
+Every hyperparameter is checked when the optimizer is built. With weight decay, `update` needs the
+parameters.
 
 In the signatures a `Scalar` is a number or a 0-d array of at least float32; a `Rate` is one of them
 or a schedule, a function from the number of steps taken so far; a `Mask` says which leaves decay;
@@ -64,10 +63,26 @@ def sgd(
     .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t a_t
 
     Args:
-      momentum: the rate :math:`\mu`; None for plain descent.
-      nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t`.
-      accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      momentum: the rate :math:`\mu`; None for plain descent. Default None.
+      nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t`. Default False.
+      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: counts alone;
+      with momentum also `state[0].trace`, shaped like the parameters, 4 bytes a parameter in
+      float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -99,9 +114,24 @@ def momentum(
     .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t a_t
 
     Args:
-      momentum: the rate :math:`\mu`.
-      accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      momentum: the rate :math:`\mu`. Default 0.9.
+      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].trace`
+      is shaped like the parameters, 4 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -130,9 +160,24 @@ def nesterov_momentum(
     .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t (g_t + \mu a_t)
 
     Args:
-      momentum: the rate :math:`\mu`.
-      accumulator_dtype: the dtype to keep :math:`a` in; None: at least float32.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      momentum: the rate :math:`\mu`. Default 0.9.
+      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].trace`
+      is shaped like the parameters, 4 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -163,10 +208,28 @@ def adagrad(
     .. math:: u_t = -\alpha_t g_t / \sqrt{v_t + \varepsilon}, \qquad v_t = v_{t-1} + |g_t|^2
 
     Args:
-      initial_accumulator_value: the sum before the first step, finite and at least 0.
-      eps: added to the sum, or to its root: a number or a 0-d array.
-      eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch).
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      initial_accumulator_value: the sum before the first step, finite and at least 0. Default 0.1.
+      eps: added to the sum, or to its root: a number or a 0-d array. Default 1e-7.
+      eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch). Default True.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu` is
+      shaped like the parameters, 4 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -211,20 +274,38 @@ def rmsprop(
               \qquad v_t = (1 - b) |g_t|^2 + b v_{t-1}
 
     Args:
-      decay: the decay rate :math:`b`, in [0, 1): a number, a 0-d array or a schedule.
-      eps: added to the second moment, or to its root: a number or a 0-d array.
-      initial_scale: the second moment before the first step, finite and at least 0.
-      eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch).
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      decay: the decay rate :math:`b`, in [0, 1): a number, a 0-d array or a schedule. Default 0.9.
+      eps: added to the second moment, or to its root: a number or a 0-d array. Default 1e-8.
+      initial_scale: the second moment before the first step, finite and at least 0. Default 0.
+      eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch). Default True.
       centered: whether to divide by the standard deviation instead. It needs `nu_storage=None`: the
         variance is the small difference of two moments, so what rounding leaves of them is noise.
-      momentum: the rate of a decaying sum of the steps; None for none.
-      nesterov: whether that sum looks one step ahead.
-      bias_correction: whether to debias the moments.
-      weight_decay: as in `adam`, but with momentum the decay is part of what is summed.
-      The other arguments are those of `adam`.
+        Default False.
+      momentum: the rate of a decaying sum of the steps; None for none. Default None.
+      nesterov: whether that sum looks one step ahead. Default False.
+      bias_correction: whether to debias the moments. Default False.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. With momentum the decay is part of what is
+        summed. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu` is
+      shaped like the parameters, 4 bytes a parameter in float32; `centered` and `momentum` keep as
+      much again, each.
 
     Raises:
-      ValueError: if `centered` and `nu_storage` are both given; otherwise as `adam`.
+      ValueError: if `centered` and `nu_storage` are both given, if a number is out of its range, or
+        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
+        or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -283,21 +364,25 @@ def adam(
         schedule from the number of steps taken so far to the rate.
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.9.
-      b2: the decay rate of the second moment, likewise. Default 0.999.
+      b2: the decay rate of the second moment: a number, a 0-d array or a schedule. Default 0.999.
       eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, likewise. Default 0.
+      eps_root: added under the root: a number, a 0-d array or a schedule. Default 0.
       mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
       nesterov: whether to look one step ahead with the first moment. Default False.
       eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
         False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
-      nu_storage: how to keep the second moment, likewise.
+      nu_storage: how to keep the second moment: a number, a 0-d array or a schedule. Default None.
       weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
         :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
         PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
       mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
         parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
       ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
@@ -351,8 +436,37 @@ def adamw(
     with Adam's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
-      weight_decay: the rate :math:`\lambda`. Default 1e-4.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      weight_decay: the rate :math:`\lambda` of the decay, which adds :math:`\lambda \theta` to the
+        direction and so is multiplied with the learning rate: a number, a 0-d array or a schedule.
+        Default 1e-4, as in optax; PyTorch's is 1e-2.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
+        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -396,14 +510,43 @@ def nadam(
     .. math:: \hat m_t = b_1 \frac{m_t}{1 - b_1^{t+1}} + (1 - b_1) \frac{g_t}{1 - b_1^t}
 
     Args:
-      nesterov: False gives plain Adam, as in optax.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      nesterov: False gives plain Adam, as in optax. Default True.
       momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
         the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
-      The other arguments are those of `adam`.
+        Default None.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
 
     Returns:
-      An optax gradient transformation. Its updates are bit for bit those of `optax.nadam`, except
-      that compiled for a CPU those of leaves of a few elements may differ in the last bit.
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32. The updates
+      are bit for bit those of `optax.nadam`, except that compiled for a CPU those of leaves of a
+      few elements may differ in the last bit.
+
+    Raises:
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
+        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
+        or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -444,9 +587,40 @@ def nadamw(
     with NAdam's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
-      nesterov: as in `nadam`.
-      momentum_decay: as in `nadam`.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. Default 1e-4.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      nesterov: False gives plain AdamW, as in optax. Default True.
+      momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
+        the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
+        Default None.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
+        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -487,11 +661,43 @@ def amsgrad(
     .. math:: u_t = -\alpha_t \hat m_t / (\sqrt{\max_{s \le t} \hat v_s} + \varepsilon)
 
     Args:
-      bias_correction_mu: whether to debias the first moment; False in the paper.
-      bias_correction_nu: whether to debias the second moment; False in the paper.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      bias_correction_mu: whether to debias the first moment; False in the paper. Default True.
+      bias_correction_nu: whether to debias the second moment; False in the paper. Default True.
       max_before_correction: whether to take the maximum of the raw moments and correct that
-        (PyTorch, Keras) or of the corrected ones (optax).
-      The other arguments are those of `adam`.
+        (PyTorch, Keras) or of the corrected ones (optax). Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`,
+      `state[0].nu` and `state[2].nu_max` are shaped like the parameters, 12 bytes a parameter in
+      float32.
+
+    Raises:
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
+        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
+        or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -542,8 +748,37 @@ def radam(
     .. math:: u_t = -\alpha_t r_t \hat m_t / (\sqrt{\hat v_t} + \varepsilon)
 
     Args:
-      threshold: the length of the average from which on to divide, at least 4.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      threshold: the length of the average from which on to divide, at least 4. Default 5.0.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -579,8 +814,36 @@ def adabelief(
     .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
 
     Args:
-      eps_root: added to the second moment that is kept, at every step.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-16.
+      eps_root: added to the second moment that is kept, at every step. Default 1e-16.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -620,8 +883,33 @@ def adamax(
     .. math:: u_t = -\alpha_t \hat m_t / n_t, \qquad n_t = \max(b_2 n_{t-1}, |g_t| + \varepsilon)
 
     Args:
-      eps: added to the magnitude of the gradient: a number or a 0-d array.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the magnitude of the gradient: a number or a 0-d array. Default 1e-8.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -664,8 +952,33 @@ def adamaxw(
     with Adamax's direction :math:`d_t` and the parameters :math:`\theta`.
 
     Args:
-      eps: added to the magnitude of the gradient: a number or a 0-d array.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the magnitude of the gradient: a number or a 0-d array. Default 1e-8.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. Default 1e-4.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range; in `init` and `update`, naming the leaf, if
+        parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -708,7 +1021,36 @@ def yogi(
     .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
 
     Args:
-      The arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 0.001.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -752,7 +1094,36 @@ def lamb(
     .. math:: u_t = -\alpha_t \frac{\|\theta\|}{\|d_t + \lambda \theta\|} (d_t + \lambda \theta)
 
     Args:
-      The arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-6.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. Default 0.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range; in `init` and `update`, naming the leaf, if
+        parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -787,8 +1158,34 @@ def adam_atan2(
     .. math:: u_t = -\alpha_t a \operatorname{atan2}(\hat m_t, \sqrt{\hat v_t})
 
     Args:
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
       scale: the factor :math:`a`, a number or a 0-d array; :math:`4 / \pi` makes the first step 1.
-      The other arguments are those of `adam`.
+        Default 4 / math.pi.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -824,7 +1221,35 @@ def laprop(
               \qquad u_t = -\alpha_t \hat m_t
 
     Args:
-      The arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-15.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu`
+      and `state[2].mu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
+        and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -864,9 +1289,35 @@ def adopt(
             + b_1 m_{t-1}
 
     Args:
-      eps: the least divisor, a number or a 0-d array.
-      use_clipping: whether to clip at :math:`t^{1/4}`.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9999.
+      eps: the least divisor, a number or a 0-d array. Default 1e-6.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      use_clipping: whether to clip at :math:`t^{1/4}`. Default True.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu`
+      and `state[5].mu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
+        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
+        or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -915,9 +1366,39 @@ def ademamix(
     .. math:: u_t = -\alpha_t (\hat m_t + \alpha s_t) / (\sqrt{\hat v_t} + \varepsilon)
 
     Args:
-      b3: the decay rate of the slow moment :math:`s`, in [0, 1), likewise.
-      alpha: the share of the slow moment, likewise.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      b3: the decay rate of the slow moment :math:`s`, in [0, 1): a number, a 0-d array or a
+        schedule. Default 0.9999.
+      alpha: the share of the slow moment: a number, a 0-d array or a schedule. Default 5.0.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. Default 0.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`,
+      `state[0].nu` and `state[2].mu_slow` are shaped like the parameters, 12 bytes a parameter in
+      float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
+        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax, optax
@@ -954,9 +1435,29 @@ def lion(
       m_t = (1 - b_2) g_t + b_2 m_{t-1}
 
     Args:
-      b1: the rate of the average that is stepped with, in [0, 1): a number or a 0-d array.
-      b2: the rate of the average that is kept, likewise, or a schedule.
-      The other arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the rate of the average that is stepped with, in [0, 1): a number or a 0-d array. Default
+        0.9.
+      b2: the rate of the average that is kept, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.99.
+      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. Default 0.001.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu` is
+      shaped like the parameters, 4 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
+        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax
@@ -995,7 +1496,36 @@ def cautious_adamw(
               \qquad \phi_t = [d_t \cdot g_t > 0]
 
     Args:
-      The arguments are those of `adam`.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
+      b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.9.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
+      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
+        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
+        PyTorch: a number, a 0-d array or a schedule. Default 1e-4.
+      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
+        parameters to it. None, the default: all of them.
+      nesterov: whether to look one step ahead with the first moment. Default False.
+      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
+        False.
+      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
+        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+
+    Returns:
+      A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+
+    Raises:
+      ValueError: if a number is out of its range; in `init` and `update`, naming the leaf, if
+        parameters or gradients do not fit.
+      TypeError: if an argument is of the wrong kind.
 
     Example:
       >>> import adam_jax

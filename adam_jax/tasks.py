@@ -209,15 +209,19 @@ def mgda() -> optax.GradientTransformationExtraArgs:
     The minimum is exact up to rounding.
 
     Returns:
-      A stateless gradient transformation from gradients with a leading axis of tasks to one
-      gradient.
+      A stateless gradient transformation from gradients with a leading axis of tasks, as
+      `jax.jacrev` of a function to all losses makes them, to one gradient.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
-      >>> stage = adam_jax.tasks.mgda()
-      >>> grads = jnp.array([[2.0, 0.0], [0.0, 1.0]])
-      >>> print(stage.update(grads, stage.init(jnp.zeros(2)))[0].round(2))
+      >>> import jax, optax
+      >>> losses = lambda x: jnp.array([2 * x[0] - 1, x[1]])  # two tasks
+      >>> params = jnp.zeros(2)
+      >>> grads = jax.jacrev(losses)(params)  # (2, 2): a row for each task
+      >>> print(adam_jax.tasks.mgda().update(grads, optax.EmptyState())[0].round(2))
       [0.4 0.8]
+      >>> tx = optax.chain(adam_jax.tasks.mgda(), adam_jax.adam(1e-3))  # as it is used
+      >>> updates, state = tx.update(grads, tx.init(params), params)
 
     Source: Désidéri, "Multiple-gradient descent algorithm" (Comptes Rendus Mathématique 350, 2012);
     Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization" (arXiv 1810.04650),
@@ -249,9 +253,9 @@ def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraAr
         Default 0.5.
 
     Returns:
-      A stateless gradient transformation from gradients with a leading axis of tasks to one
-      gradient. The division by 1 + c is that of the authors' code, so that equal tasks give the
-      gradient of one.
+      A stateless gradient transformation from gradients with a leading axis of tasks, as
+      `jax.jacrev` of a function to all losses makes them, to one gradient. The division by
+      1 + c is that of the authors' code, so that equal tasks give the gradient of one.
 
     Raises:
       ValueError: if `c` is negative, infinite, NaN or not a scalar.
@@ -436,8 +440,8 @@ def aligned_mtl() -> optax.GradientTransformationExtraArgs:
     eigenvalue below about k · 1e-7 of the largest counts as 0.
 
     Returns:
-      A stateless gradient transformation from gradients with a leading axis of tasks to one
-      gradient.
+      A stateless gradient transformation from gradients with a leading axis of tasks, as
+      `jax.jacrev` of a function to all losses makes them, to one gradient.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp

@@ -50,6 +50,11 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
     gathers the maxima of pieces of 8 elements. A leaf that is one vector is gathered, unless only
     its first axis is sharded.
 
+    Leaves under 4,096 elements, and complex ones, stay in full. Rounding at random is noise: with
+    :math:`b_2 = 0.999` an 8-bit v makes updates about 5 % longer after 6,000 steps, in the same
+    direction (`examples/noise.py`). On a CPU the step takes about twice the time of one in float32
+    (`examples/memory.py`).
+
     A NaN affects its element only: that element of m stays NaN, as in float32. An infinite v makes
     the updates of its block 0, as it makes those of its element 0 in float32.
 
