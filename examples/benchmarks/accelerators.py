@@ -367,11 +367,12 @@ def draw(rows: list[Row], path: Path) -> None:
         for at, choice in enumerate(choices):
             line = axis.hlines(least[choice], at - 0.45, at + 0.45, color="black")
         line.set_label("limit")
-        axis.set_xticks(range(len(choices)), [c.replace(", ", ",\n") for c in choices], fontsize=8)
-        axis.set(title=tree, ylabel="bytes moved per parameter")
+        labels = [c.replace(", ", ",\n").replace("round_", "round_\n") for c in choices]
+        axis.set_xticks(range(len(choices)), labels, fontsize=8)
+        axis.set(title=tree, ylabel="bytes moved a parameter")
         axis.legend(ncols=len(targets) + 1)
         axis.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
