@@ -23,6 +23,8 @@ from jax.extend.core import Literal
 
 from adam_jax._checks import check_count, check_hyperparameter
 from adam_jax._numerics import accumulator
+from adam_jax._ownership import path_name
+from adam_jax.storage._protocol import KEPT
 
 # --- A chain on a stack ---------------------------------------------------------------------------
 
@@ -201,6 +203,128 @@ def init(
         params=tx.init(params),
         layers=stacked(layers_tx or tx).init(layers),
     )
+
+
+def from_plain(
+    tx: optax.GradientTransformation,
+    layers: Any,
+    state: Any,
+    layers_tx: optax.GradientTransformation | None = None,
+) -> Any:
+    """Convert a state of `tx.init(layers)`, where a stack is one leaf, into that of the layers.
+
+    So a run with all gradients at once goes on in the backward pass. Every layer gets the counts
+    and the rates. Moments that are kept element by element stay bit for bit, and so do codes of 8
+    and 4 bits whose blocks lie within a layer. Where blocks or means have elements of several
+    layers (those of biases in 8 bits, from 12 layers on), and where a layer is smaller than the
+    4,096 elements that a storage asks for, moments are loaded, and each layer's is saved anew.
+
+    Checkpoints that fit are those of any chain of this package's stages and of wrappers and stages
+    that keep scalars and arrays shaped like the parameters. One of `optax.adam` first goes through
+    `adam_jax.from_optax`.
+
+    Args:
+      tx: the chain that made the state.
+      layers: a tree of arrays with the layers along their first axis.
+      state: the state. If it is one for a tree with all parameters, take what belongs to `layers`,
+        as the example does.
+      layers_tx: the chain for a layer, which keeps the same moments, maybe in another storage; None
+        takes `tx`. Where `tx` has a storage for stacks, such as ``block_mean(partial(
+        transformer_blocks, stacked=1))``, this one has that for a layer, ``block_mean()``.
+
+    Returns:
+      A state as `adam_jax.stacked(layers_tx).init(layers)` makes it: `layers` of a `BackwardState`.
+      Arrays that stay as they are are not copied.
+
+    Raises:
+      ValueError: if the state is not one of `tx.init(layers)`, or keeps what cannot be taken apart
+        by layers, naming it; or if `layers_tx` keeps other moments.
+
+    Example:
+      >>> import adam_jax, jax, jax.numpy as jnp
+      >>> from adam_jax import backward
+      >>> params = {"head": jnp.ones(8), "layers": jnp.ones((4, 8, 8))}
+      >>> tx = adam_jax.adam(1e-3)
+      >>> state = tx.init(params)  # after some steps, or from a checkpoint
+      >>> is_whole = lambda x: isinstance(x, dict) and x.keys() == params.keys()
+      >>> def of(name):
+      ...     return jax.tree.map(lambda x: x[name] if is_whole(x) else x, state, is_leaf=is_whole)
+      >>> layers_state = backward.from_plain(tx, params["layers"], of("layers"))
+      >>> state = backward.BackwardState(jnp.float32(0), of("head"), layers_state)
+      >>> state.params[0].count.shape, state.layers[0].count.shape, state.layers[0].mu.shape
+      ((), (4,), (4, 8, 8))
+
+    Source: none.
+    """
+    number = _layers("adam_jax.backward", layers)
+    like, slots = _kept(tx, layers)
+    due, due_slots = _kept(layers_tx or tx, _row(layers))
+    _check_is_of_stack(state, like)
+    moments, due_moments = ([slot[:2] for slot, *_ in x] for x in (slots, due_slots))
+    if moments != due_moments:
+        raise ValueError(
+            f"adam_jax.backward.from_plain needs chains with the same moments: tx keeps {moments}, "
+            f"and layers_tx {due_moments}."
+        )
+    arrays, names = jax.tree.leaves(state), _names(like)
+    params = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(layers)}
+    new: dict[int, Any] = {}
+    for (slot, leaf, places), (due_slot, layer, due_places) in zip(slots, due_slots, strict=True):
+        kept = [arrays[place] for place in places]
+        of_layers = due_slot.of_layers(layer, params[leaf.path], slot, leaf, kept)
+        new.update(zip(due_places, of_layers, strict=True))
+        names = [None if n in places else name for n, name in enumerate(names)]
+    others = dict(zip(names, arrays, strict=True))
+    for place, (name, of_layer) in enumerate(zip(_names(due), jax.tree.leaves(due), strict=True)):
+        if place not in new:
+            new[place] = _of_layers(name, others.get(name), of_layer, number)
+    return jax.tree.unflatten(jax.tree.structure(due), [new[place] for place in range(len(new))])
+
+
+def _kept(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list[tuple]]:
+    """A state in abstract, and which of its leaves each slot keeps of each parameter."""
+    found: list[tuple] = []
+
+    def looked_at(params):
+        kept: list[tuple] = []
+        token = KEPT.set(kept)
+        try:
+            with jax.disable_jit():  # what a compiled init returns are other objects
+                state = tx.init(params)
+        finally:
+            KEPT.reset(token)
+        places = {id(x): place for place, x in enumerate(jax.tree.leaves(state))}
+        found.extend((slot, leaf, [places[id(x)] for x in parts]) for slot, leaf, parts in kept)
+        return state
+
+    return jax.eval_shape(looked_at, params), found
+
+
+def _check_is_of_stack(state: Any, like: Any) -> None:
+    shapes, due = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (state, like))
+    )
+    for name in (*due, *shapes):
+        if shapes.get(name) != due.get(name):
+            raise ValueError(
+                f"adam_jax.backward.from_plain needs a state of tx.init(layers): at {name} it has "
+                f"the shape {due.get(name)}, and the one given {shapes.get(name)}."
+            )
+
+
+def _of_layers(name: str, array: Any, of_layer: Any, number: int) -> Any:
+    """What is no moment: of every element, or the same for all layers."""
+    shape = number, *of_layer.shape
+    if of_layer.dtype == bool:
+        return jnp.zeros(shape, bool)  # a placeholder
+    if array is None or jnp.shape(array) not in (shape, shape[1:]):
+        raise ValueError(
+            f"adam_jax.backward.from_plain cannot part by layers what the state keeps at {name}: "
+            f"its shape is {jnp.shape(array)}, and that of a layer {of_layer.shape}. Start anew "
+            f"with adam_jax.backward.init."
+        )
+    return jnp.broadcast_to(array, shape)
 
 
 def value_and_step(
