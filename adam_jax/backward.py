@@ -41,13 +41,14 @@ def stacked(
     the mean of `cautious`, the blocks of a storage.
 
     Args:
-      tx: any chain, of adam_jax, optax or your own.
+      tx: any chain, of adam_jax, optax or your own; `adam_jax.fuse` goes around it in here.
       axis: the axis of every leaf that the layers lie along. Default 0.
 
     Returns:
       A gradient transformation. Its state is that of `tx` with an axis of layers before the others,
-      as `jax.vmap(tx.init)` makes it: counts have the shape (layers,). All layers draw the same
-      random bits. Further arguments of `update` are the same for all layers.
+      as `jax.vmap(tx.init)` makes it: counts have the shape (layers,). A scalar that is set in it,
+      such as an injected rate, is that of all layers. They draw the same random bits, and further
+      arguments of `update` are the same for all. Without leaves it is `tx`.
 
     Raises:
       ValueError: if a leaf does not have the axis, or the leaves differ in its length, naming one.
@@ -64,18 +65,26 @@ def stacked(
     inner: Any = optax.with_extra_args_support(tx)
 
     def init_fn(params):
+        if not jax.tree.leaves(params):
+            return inner.init(params)
         _layers("stacked", params, axis)
         return jax.vmap(inner.init, axis)(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        _layers("stacked", updates, axis)
-
         def of_layer(updates, state, params):
             return inner.update(updates, state, params, **extra_args)
 
+        if not jax.tree.leaves(updates):
+            return of_layer(updates, state, params)
+        state = _for_all(state, _layers("stacked", updates, axis))
         return jax.vmap(of_layer, (axis, 0, axis), (axis, 0))(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _for_all(state: Any, number: int) -> Any:
+    """A scalar in the state of layers, such as a rate set from outside, is that of every layer."""
+    return jax.tree.map(lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (number,)), state)
 
 
 def _layers(name: str, tree: Any, axis: int = 0) -> int:
@@ -396,6 +405,7 @@ def value_and_step(
     def step(params, layers, state, *args):
         number = _layers("adam_jax.backward", layers)
         weights, structure = jax.tree.flatten(layers)
+        layers_state = _for_all(state.layers, number)
         call = _Call()
         marks = jax.tree.unflatten(
             structure, [LayerOutsideOfScan(call, n) for n in range(len(weights))]
@@ -460,7 +470,7 @@ def value_and_step(
         none_yet = [jnp.zeros_like(x) for x in _split(shared)[0]]
         (of_first, of_shared, weights, layers_state, squares), of_xs = jax.lax.scan(
             back,
-            (of_results[:carries], none_yet, weights, state.layers, jnp.zeros([], jnp.float32)),
+            (of_results[:carries], none_yet, weights, layers_state, jnp.zeros([], jnp.float32)),
             (jnp.arange(number), kept, xs, of_results[carries:]),
             reverse=True,
         )

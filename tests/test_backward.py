@@ -251,7 +251,8 @@ def test_a_plain_run_goes_on_in_the_backward_pass():
         value, *found, new = step(*params, start, tokens)
         due_value, due, state = plain(params, state)
     assert value == due_value
-    for x, y in zip(jax.tree.leaves((found, new[1:])), jax.tree.leaves((due, (of(0), of(1))))):
+    pairs = map(jax.tree.leaves, ((found, new[1:]), (due, (of(0), of(1)))))
+    for x, y in zip(*pairs, strict=True):
         if x.dtype == jnp.bfloat16 or x.dtype == jnp.int8:
             assert np.mean(x != y) <= 1e-3
         else:
@@ -474,7 +475,64 @@ def test_a_stack_of_other_lengths_is_refused():
     for params, match in [
         ({"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}, r"3 layers \(\['a'\]\) and 4"),
         ({"a": jnp.ones(())}, r"\['a'\] of shape \(\) has no axis 0"),
-        ({}, "no leaves"),
     ]:
         with pytest.raises(ValueError, match=match):
             tx.init(params)
+
+
+ADAM = adam_jax.adam(1e-2)
+INJECTED = optax.inject_hyperparams(adam_jax.adam)(learning_rate=1e-2)
+WRAPPED = {
+    "masked": (optax.masked, ADAM, {"up": True, "bias": False, "down": True}),
+    "all masked": (optax.masked, ADAM, {"up": False, "bias": False, "down": False}),
+    "a group without leaves": (
+        lambda tx, labels: optax.partition({"a": tx, "b": optax.sgd(0.1)}, labels),
+        ADAM,
+        {"up": "b", "bias": "b", "down": "b"},
+    ),
+    "accumulated": (optax.MultiSteps, ADAM, 2),
+    "injected": (optax.chain, INJECTED),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.usefixtures("promoting")  # optax's accumulation is not strict
+def test_a_wrapper_in_a_stack_and_around_it(how):
+    """Which goes around which makes no difference, with leaves that are None, twice and afresh."""
+    wrap, tx, *options = WRAPPED[how]
+    layers = {**problem()[1], "none": None}
+    options = [{**x, "none": None} if isinstance(x, dict) else x for x in options]
+    found, due = [], []
+    for stack, steps in [
+        (adam_jax.stacked(wrap(tx, *options)), found),
+        (wrap(adam_jax.stacked(tx), *options), due),
+    ]:
+        state, update = stack.init(layers), jax.jit(stack.update)
+        for _ in range(3):
+            updates, state = update(layers, state, layers)
+            steps.append(updates)
+        if how != "injected":  # whose rate of 0 would be one
+            steps.append(update(layers, jax.tree.map(jnp.zeros_like, state), layers)[0])
+            chex.assert_trees_all_equal(steps[0], steps[3])
+    assert_close(found, due, "contracted")
+
+
+def test_a_scalar_set_in_the_state_is_that_of_all_layers():
+    params, layers, tokens = problem()
+    state = backward.init(INJECTED, params, layers)
+    step = jax.jit(backward.value_and_step(loss, INJECTED))
+    stack = adam_jax.stacked(INJECTED)
+    rates = [0.5, jnp.float32(0.5), jnp.full(LAYERS, 0.5, jnp.float32)]
+    states = [optax.tree.set(state, learning_rate=rate) for rate in rates]
+    updates = [jax.jit(stack.update)(layers, s.layers, layers) for s in states]
+    chex.assert_trees_all_equal(*updates)
+    new = [step(params, layers, s._replace(params=states[1].params), tokens) for s in states]
+    chex.assert_trees_all_equal(*new)
+    assert np.max(np.abs(new[0][2]["up"] - layers["up"])) > 0.4
+
+
+def test_a_stack_tells_which_parts_are_shaped_like_the_parameters():
+    layers, tx = problem()[1], adam_jax.stacked(ADAM)
+    marked = optax.tree_map_params(tx, lambda _: "moment", tx.init(layers))
+    assert set(jax.tree.leaves((marked[0].mu, marked[0].nu))) == {"moment"}
+    assert marked[0].count.shape == (LAYERS,)
