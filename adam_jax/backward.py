@@ -23,6 +23,8 @@ from jax.extend.core import Literal
 
 from adam_jax._checks import check_count, check_hyperparameter
 from adam_jax._numerics import accumulator
+from adam_jax._ownership import path_name
+from adam_jax.storage._protocol import KEPT
 
 # --- A chain on a stack ---------------------------------------------------------------------------
 
@@ -39,13 +41,14 @@ def stacked(
     the mean of `cautious`, the blocks of a storage.
 
     Args:
-      tx: any chain, of adam_jax, optax or your own.
+      tx: any chain, of adam_jax, optax or your own; `adam_jax.fuse` goes around it in here.
       axis: the axis of every leaf that the layers lie along. Default 0.
 
     Returns:
       A gradient transformation. Its state is that of `tx` with an axis of layers before the others,
-      as `jax.vmap(tx.init)` makes it: counts have the shape (layers,). All layers draw the same
-      random bits. Further arguments of `update` are the same for all layers.
+      as `jax.vmap(tx.init)` makes it: counts have the shape (layers,). A scalar that is set in it,
+      such as an injected rate, is that of all layers. They draw the same random bits, and further
+      arguments of `update` are the same for all. Without leaves it is `tx`.
 
     Raises:
       ValueError: if a leaf does not have the axis, or the leaves differ in its length, naming one.
@@ -62,18 +65,26 @@ def stacked(
     inner: Any = optax.with_extra_args_support(tx)
 
     def init_fn(params):
+        if not jax.tree.leaves(params):
+            return inner.init(params)
         _layers("stacked", params, axis)
         return jax.vmap(inner.init, axis)(params)
 
     def update_fn(updates, state, params=None, **extra_args):
-        _layers("stacked", updates, axis)
-
         def of_layer(updates, state, params):
             return inner.update(updates, state, params, **extra_args)
 
+        if not jax.tree.leaves(updates):
+            return of_layer(updates, state, params)
+        state = _for_all(state, _layers("stacked", updates, axis))
         return jax.vmap(of_layer, (axis, 0, axis), (axis, 0))(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _for_all(state: Any, number: int) -> Any:
+    """A scalar in the state of layers, such as a rate set from outside, is that of every layer."""
+    return jax.tree.map(lambda x: x if jnp.ndim(x) else jnp.broadcast_to(x, (number,)), state)
 
 
 def _layers(name: str, tree: Any, axis: int = 0) -> int:
@@ -203,6 +214,128 @@ def init(
     )
 
 
+def from_plain(
+    tx: optax.GradientTransformation,
+    layers: Any,
+    state: Any,
+    layers_tx: optax.GradientTransformation | None = None,
+) -> Any:
+    """Convert a state of `tx.init(layers)`, where a stack is one leaf, into that of the layers.
+
+    So a run with all gradients at once goes on in the backward pass. Every layer gets the counts
+    and the rates. Moments that are kept element by element stay bit for bit, and so do codes of 8
+    and 4 bits whose blocks lie within a layer. Where blocks or means have elements of several
+    layers (those of biases in 8 bits, from 12 layers on), and where a layer is smaller than the
+    4,096 elements that a storage asks for, moments are loaded, and each layer's is saved anew.
+
+    Checkpoints that fit are those of any chain of this package's stages and of wrappers and stages
+    that keep scalars and arrays shaped like the parameters. One of `optax.adam` first goes through
+    `adam_jax.from_optax`.
+
+    Args:
+      tx: the chain that made the state.
+      layers: a tree of arrays with the layers along their first axis.
+      state: the state. If it is one for a tree with all parameters, take what belongs to `layers`,
+        as the example does.
+      layers_tx: the chain for a layer, which keeps the same moments, maybe in another storage; None
+        takes `tx`. Where `tx` has a storage for stacks, such as ``block_mean(partial(
+        transformer_blocks, stacked=1))``, this one has that for a layer, ``block_mean()``.
+
+    Returns:
+      A state as `adam_jax.stacked(layers_tx).init(layers)` makes it: `layers` of a `BackwardState`.
+      Arrays that stay as they are are not copied.
+
+    Raises:
+      ValueError: if the state is not one of `tx.init(layers)`, or keeps what cannot be taken apart
+        by layers, naming it; or if `layers_tx` keeps other moments.
+
+    Example:
+      >>> import adam_jax, jax, jax.numpy as jnp
+      >>> from adam_jax import backward
+      >>> params = {"head": jnp.ones(8), "layers": jnp.ones((4, 8, 8))}
+      >>> tx = adam_jax.adam(1e-3)
+      >>> state = tx.init(params)  # after some steps, or from a checkpoint
+      >>> is_whole = lambda x: isinstance(x, dict) and x.keys() == params.keys()
+      >>> def of(name):
+      ...     return jax.tree.map(lambda x: x[name] if is_whole(x) else x, state, is_leaf=is_whole)
+      >>> layers_state = backward.from_plain(tx, params["layers"], of("layers"))
+      >>> state = backward.BackwardState(jnp.float32(0), of("head"), layers_state)
+      >>> state.params[0].count.shape, state.layers[0].count.shape, state.layers[0].mu.shape
+      ((), (4,), (4, 8, 8))
+
+    Source: none.
+    """
+    number = _layers("adam_jax.backward", layers)
+    like, slots = _kept(tx, layers)
+    due, due_slots = _kept(layers_tx or tx, _row(layers))
+    _check_is_of_stack(state, like)
+    moments, due_moments = ([slot[:2] for slot, *_ in x] for x in (slots, due_slots))
+    if moments != due_moments:
+        raise ValueError(
+            f"adam_jax.backward.from_plain needs chains with the same moments: tx keeps {moments}, "
+            f"and layers_tx {due_moments}."
+        )
+    arrays, names = jax.tree.leaves(state), _names(like)
+    params = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(layers)}
+    new: dict[int, Any] = {}
+    for (slot, leaf, places), (due_slot, layer, due_places) in zip(slots, due_slots, strict=True):
+        kept = [arrays[place] for place in places]
+        of_layers = due_slot.of_layers(layer, params[leaf.path], slot, leaf, kept)
+        new.update(zip(due_places, of_layers, strict=True))
+        names = [None if n in places else name for n, name in enumerate(names)]
+    others = dict(zip(names, arrays, strict=True))
+    for place, (name, of_layer) in enumerate(zip(_names(due), jax.tree.leaves(due), strict=True)):
+        if place not in new:
+            new[place] = _of_layers(name, others.get(name), of_layer, number)
+    return jax.tree.unflatten(jax.tree.structure(due), [new[place] for place in range(len(new))])
+
+
+def _kept(tx: optax.GradientTransformation, params: Any) -> tuple[Any, list[tuple]]:
+    """A state in abstract, and which of its leaves each slot keeps of each parameter."""
+    found: list[tuple] = []
+
+    def looked_at(params):
+        kept: list[tuple] = []
+        token = KEPT.set(kept)
+        try:
+            with jax.disable_jit():  # what a compiled init returns are other objects
+                state = tx.init(params)
+        finally:
+            KEPT.reset(token)
+        places = {id(x): place for place, x in enumerate(jax.tree.leaves(state))}
+        found.extend((slot, leaf, [places[id(x)] for x in parts]) for slot, leaf, parts in kept)
+        return state
+
+    return jax.eval_shape(looked_at, params), found
+
+
+def _check_is_of_stack(state: Any, like: Any) -> None:
+    shapes, due = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (state, like))
+    )
+    for name in (*due, *shapes):
+        if shapes.get(name) != due.get(name):
+            raise ValueError(
+                f"adam_jax.backward.from_plain needs a state of tx.init(layers): at {name} it has "
+                f"the shape {due.get(name)}, and the one given {shapes.get(name)}."
+            )
+
+
+def _of_layers(name: str, array: Any, of_layer: Any, number: int) -> Any:
+    """What is no moment: of every element, or the same for all layers."""
+    shape = number, *of_layer.shape
+    if of_layer.dtype == bool:
+        return jnp.zeros(shape, bool)  # a placeholder
+    if array is None or jnp.shape(array) not in (shape, shape[1:]):
+        raise ValueError(
+            f"adam_jax.backward.from_plain cannot part by layers what the state keeps at {name}: "
+            f"its shape is {jnp.shape(array)}, and that of a layer {of_layer.shape}. Start anew "
+            f"with adam_jax.backward.init."
+        )
+    return jnp.broadcast_to(array, shape)
+
+
 def value_and_step(
     loss: Callable[..., Any],
     tx: optax.GradientTransformation,
@@ -272,6 +405,7 @@ def value_and_step(
     def step(params, layers, state, *args):
         number = _layers("adam_jax.backward", layers)
         weights, structure = jax.tree.flatten(layers)
+        layers_state = _for_all(state.layers, number)
         call = _Call()
         marks = jax.tree.unflatten(
             structure, [LayerOutsideOfScan(call, n) for n in range(len(weights))]
@@ -336,7 +470,7 @@ def value_and_step(
         none_yet = [jnp.zeros_like(x) for x in _split(shared)[0]]
         (of_first, of_shared, weights, layers_state, squares), of_xs = jax.lax.scan(
             back,
-            (of_results[:carries], none_yet, weights, state.layers, jnp.zeros([], jnp.float32)),
+            (of_results[:carries], none_yet, weights, layers_state, jnp.zeros([], jnp.float32)),
             (jnp.arange(number), kept, xs, of_results[carries:]),
             reverse=True,
         )

@@ -12,7 +12,7 @@ from support import assert_close, refused
 from tables import MEMBERS, STORAGES, keeping
 
 import adam_jax
-from adam_jax import backward
+from adam_jax import backward, storage
 
 LAYERS, WIDTH = 3, 64
 
@@ -161,6 +161,116 @@ def test_training_without_jit():
         value, *carry = step(*carry, tokens)
         values.append(float(value))
     assert values[2] < values[1] < values[0]
+
+
+# --- From a run with all gradients at once --------------------------------------------------------
+
+# The wide bias is kept in codes in the stack, in blocks across layers, and not in one layer.
+STACK = {"kernel": (12, 64, 64), "bias": (12, 8), "wide bias": (12, 512)}
+FROM = {
+    "float32": (None, None),
+    "int8": ("int8", "int8"),
+    "means": (storage.block_mean(partial(storage.transformer_blocks, stacked=1)), "block_mean"),
+    "rows": ("factored", "factored"),
+}
+PAIRS = [(name, "float32") for name in ("adam", "adamw", "amsgrad", "lion", "nadam")]
+PAIRS += [("amsgrad", "int8"), ("lion", "int8"), ("nadam", "means"), ("adamw", "rows")]
+
+
+def normal(rng, tree):
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+
+@pytest.mark.parametrize(("name", "how"), PAIRS)
+def test_a_plain_state_goes_on_layer_by_layer(name, how):
+    """The next updates are the plain run's: what is loaded is the same, whatever is then saved."""
+    only = {"mu_storage"} if name == "lion" else {"mu_storage", "nu_storage"}
+    tx, layers_tx = (
+        getattr(adam_jax, name)(
+            optax.linear_schedule(1e-2, 0.0, 10),
+            **{k: v for k, v in keeping(*[how] * (how is not None)).items() if k in only},
+        )
+        for how in FROM[how]
+    )
+    stack, rng = adam_jax.stacked(layers_tx), np.random.default_rng(0)
+    layers = normal(rng, {k: jax.ShapeDtypeStruct(shape, "float32") for k, shape in STACK.items()})
+    state, update, of_stack = tx.init(layers), jax.jit(tx.update), jax.jit(stack.update)
+    for _ in range(3):
+        _, state = update(normal(rng, layers), state, layers)
+    convert = jax.jit(lambda state: backward.from_plain(tx, layers, state, layers_tx))
+    state_of_layers = convert(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state_of_layers, stack.init(layers))
+    for _ in range(3 if how == "float32" else 1):
+        grads = normal(rng, layers)
+        due, state = update(grads, state, layers)
+        found, state_of_layers = of_stack(grads, state_of_layers, layers)
+        assert_close(found, due, "contracted")
+
+
+def test_codes_of_a_plain_state_stay():
+    """Within a layer they are not even rounded anew; where they cross layers, they are at first."""
+    tx, params = adam_jax.adam(1e-2, **keeping("int8")), {"a": jnp.ones((12, 64, 64))}
+    layers = {**params, "b": jnp.ones((12, 4096))}
+    rng = np.random.default_rng(0)
+    _, state = jax.jit(tx.update)(normal(rng, layers), jax.jit(tx.init)(layers), layers)
+    (new, *_), (old, *_) = jax.jit(partial(backward.from_plain, tx))(layers, state), state
+    for found, due in [(new.mu, old.mu), (new.nu, old.nu)]:
+        chex.assert_trees_all_equal(found.codes["a"], due.codes["a"])
+        chex.assert_trees_all_equal(found.scales["a"], due.scales["a"])
+    assert old.mu.scales["b"].shape == (1, 4096)
+    assert new.mu.scales["b"].shape == (12, 128)
+    assert all(np.array_equal(of_layer, old.weights) for of_layer in new.weights)
+    wide = adam_jax.adam(1e-2)
+    into_codes = backward.from_plain(wide, layers, wide.init(layers), tx)
+    chex.assert_trees_all_equal_shapes_and_dtypes(into_codes[0], new)
+
+
+def test_a_plain_run_goes_on_in_the_backward_pass():
+    """One state for all parameters, taken apart; injected rates, bfloat16 weights and residuals."""
+    adam = optax.inject_hyperparams(adam_jax.adam, hyperparam_dtype=jnp.float32)
+    tx = optax.chain(adam(learning_rate=1e-2), adam_jax.compensate("int8"))
+    *params, tokens = problem("bfloat16")
+    state = tx.init(params)
+
+    @jax.jit
+    def plain(params, state):
+        value, grads = jax.value_and_grad(lambda params: loss(*params, tokens))(params)
+        updates, state = tx.update(grads, state, params)
+        return value, optax.apply_updates(params, updates), state
+
+    def of(number):
+        is_pair = lambda x: isinstance(x, list)  # noqa: E731
+        return jax.tree.map(lambda x: x[number] if is_pair(x) else x, state, is_leaf=is_pair)
+
+    step = jax.jit(backward.value_and_step(loss, tx))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(3):
+            _, params, state = plain(params, state)
+        layers_state = backward.from_plain(tx, params[1], of(1))
+        start = backward.BackwardState(jnp.float32(0), of(0), layers_state)
+        value, *found, new = step(*params, start, tokens)
+        due_value, due, state = plain(params, state)
+    assert value == due_value
+    pairs = map(jax.tree.leaves, ((found, new[1:]), (due, (of(0), of(1)))))
+    for x, y in zip(*pairs, strict=True):
+        if x.dtype == jnp.bfloat16 or x.dtype == jnp.int8:
+            assert np.mean(x != y) <= 1e-3
+        else:
+            assert_close(x, jnp.broadcast_to(y, x.shape), "layer")
+
+
+def test_a_state_that_is_not_of_the_stack():
+    layers = {"w": jnp.ones((3, 8))}
+    adam, rows = adam_jax.adam(1e-2), optax.scale_by_factored_rms(min_dim_size_to_factor=8)
+    with refused(ValueError, "mu w 3 2"):
+        backward.from_plain(adam, layers, adam.init({"w": jnp.ones((2, 8))}))
+    with refused(ValueError, "nu"):
+        backward.from_plain(adam, layers, adam_jax.lion(1e-2).init(layers))
+    with refused(ValueError, "layers_tx nu"):
+        backward.from_plain(adam, layers, adam.init(layers), adam_jax.lion(1e-2))
+    layers = {"w": jnp.ones((32, 16, 8))}  # Adafactor's rows and columns are of layers, then
+    with refused(ValueError, "v_row adam_jax.backward.init"):
+        backward.from_plain(rows, layers, rows.init(layers))
 
 
 # --- What the loss may be -------------------------------------------------------------------------
@@ -365,7 +475,64 @@ def test_a_stack_of_other_lengths_is_refused():
     for params, match in [
         ({"a": jnp.ones((3, 2)), "b": jnp.ones((4, 2))}, r"3 layers \(\['a'\]\) and 4"),
         ({"a": jnp.ones(())}, r"\['a'\] of shape \(\) has no axis 0"),
-        ({}, "no leaves"),
     ]:
         with pytest.raises(ValueError, match=match):
             tx.init(params)
+
+
+ADAM = adam_jax.adam(1e-2)
+INJECTED = optax.inject_hyperparams(adam_jax.adam)(learning_rate=1e-2)
+WRAPPED = {
+    "masked": (optax.masked, ADAM, {"up": True, "bias": False, "down": True}),
+    "all masked": (optax.masked, ADAM, {"up": False, "bias": False, "down": False}),
+    "a group without leaves": (
+        lambda tx, labels: optax.partition({"a": tx, "b": optax.sgd(0.1)}, labels),
+        ADAM,
+        {"up": "b", "bias": "b", "down": "b"},
+    ),
+    "accumulated": (optax.MultiSteps, ADAM, 2),
+    "injected": (optax.chain, INJECTED),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.usefixtures("promoting")  # optax's accumulation is not strict
+def test_a_wrapper_in_a_stack_and_around_it(how):
+    """Which goes around which makes no difference, with leaves that are None, twice and afresh."""
+    wrap, tx, *options = WRAPPED[how]
+    layers = {**problem()[1], "none": None}
+    options = [{**x, "none": None} if isinstance(x, dict) else x for x in options]
+    found, due = [], []
+    for stack, steps in [
+        (adam_jax.stacked(wrap(tx, *options)), found),
+        (wrap(adam_jax.stacked(tx), *options), due),
+    ]:
+        state, update = stack.init(layers), jax.jit(stack.update)
+        for _ in range(3):
+            updates, state = update(layers, state, layers)
+            steps.append(updates)
+        if how != "injected":  # whose rate of 0 would be one
+            steps.append(update(layers, jax.tree.map(jnp.zeros_like, state), layers)[0])
+            chex.assert_trees_all_equal(steps[0], steps[3])
+    assert_close(found, due, "contracted")
+
+
+def test_a_scalar_set_in_the_state_is_that_of_all_layers():
+    params, layers, tokens = problem()
+    state = backward.init(INJECTED, params, layers)
+    step = jax.jit(backward.value_and_step(loss, INJECTED))
+    stack = adam_jax.stacked(INJECTED)
+    rates = [0.5, jnp.float32(0.5), jnp.full(LAYERS, 0.5, jnp.float32)]
+    states = [optax.tree.set(state, learning_rate=rate) for rate in rates]
+    updates = [jax.jit(stack.update)(layers, s.layers, layers) for s in states]
+    chex.assert_trees_all_equal(*updates)
+    new = [step(params, layers, s._replace(params=states[1].params), tokens) for s in states]
+    chex.assert_trees_all_equal(*new)
+    assert np.max(np.abs(new[0][2]["up"] - layers["up"])) > 0.4
+
+
+def test_a_stack_tells_which_parts_are_shaped_like_the_parameters():
+    layers, tx = problem()[1], adam_jax.stacked(ADAM)
+    marked = optax.tree_map_params(tx, lambda _: "moment", tx.init(layers))
+    assert set(jax.tree.leaves((marked[0].mu, marked[0].nu))) == {"moment"}
+    assert marked[0].count.shape == (LAYERS,)

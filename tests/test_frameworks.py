@@ -586,8 +586,21 @@ def stack_of_equinox():
     return arrays, lambda layer, x: jax.vmap(eqx.combine(layer, rest))(x)
 
 
+def stack_of_linen():
+    """As `nn.scan` makes the parameters."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8)(x), None
+
+    scanned = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    layers = scanned().init(jax.random.key(0), jnp.ones((1, 8)), None)
+    return layers, lambda layer, x: Layer().apply(layer, x, None)[0]
+
+
 @pytest.mark.parametrize("how", [None, storage.int8()], ids=["float32", "8-bit"])
-@pytest.mark.parametrize("make", [stack_of_nnx, stack_of_equinox])
+@pytest.mark.parametrize("make", [stack_of_nnx, stack_of_equinox, stack_of_linen])
 def test_a_stack_of_layers_is_stepped_in_the_backward_pass(make, how):
     layers, call = make()
     tx = adam_jax.adamw(1e-2, mu_storage=how)

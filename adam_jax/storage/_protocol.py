@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from adam_jax._checks import NOTHING, check_dtype, kind
 from adam_jax._numerics import SMALL, accumulator, is_complex, real
-from adam_jax._ownership import at, leaves_by_path, path_name, placeholder
+from adam_jax._ownership import at, is_placeholder, leaves_by_path, path_name, placeholder
 from adam_jax._random import random_bits
 from adam_jax.sharding import as_param
 
@@ -160,6 +160,9 @@ def _nothing(leaf: Leaf) -> jax.Array:
 # the parameter; others start as ever. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
 
+# Each slot, leaf and what is kept of it, in the order of an `init`, for who asks which is where.
+KEPT: ContextVar[list[tuple["Slot", Leaf, list[Any]]]] = ContextVar("kept")
+
 
 class Slot(NamedTuple):
     """A moment that a stage keeps between two steps, for every leaf of a tree.
@@ -212,19 +215,12 @@ class Slot(NamedTuple):
     def init(self, params: Any, value: float = 0.0) -> Any:
         """What a state keeps before the first step."""
         leaves, structure = self._leaves(params, 0)
-
-        def stored(leaf, param):
-            start = self._start(leaf, value)
-            parts: list[Any] = [None] * len(self._names)
-            if self.storage.fits(leaf):
-                # Unless it is kept from knowing the value, XLA works out the codes in compilation.
-                start = jax.lax.optimization_barrier(jnp.asarray(start, leaf.dtype))
-                parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
-            else:
-                parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
-            return [as_param(_nothing(leaf) if x is None else x, param) for x in parts]
-
-        return self._tree(list(map(stored, leaves, jax.tree.leaves(params))), structure)
+        kept = [
+            self._started(leaf, param, self._start(leaf, value))
+            for leaf, param in zip(leaves, jax.tree.leaves(params), strict=True)
+        ]
+        KEPT.get([]).extend((self, *x) for x in zip(leaves, kept, strict=True))
+        return self._tree(kept, structure)
 
     def load(self, state: Any, grads: Any, count: Any) -> tuple[Any, Callable[[Any], Any]]:
         """The moments that a state keeps, and a function that saves new ones.
@@ -269,6 +265,39 @@ class Slot(NamedTuple):
             return self._tree(list(map(save, stored, leaves, new)), structure)
 
         return structure.unflatten(map(load, stored, leaves)), keep
+
+    def of_layers(self, layer: Leaf, params: Any, stack: "Slot", leaf: Leaf, kept: list) -> list:
+        """What is kept of every layer, from what another slot keeps of the stack of them.
+
+        That is left as it is where it is the same, and where it is not the moment is saved again.
+        """
+        parts = stack._of_parts(kept)
+        load = lambda: stack.storage.load(parts, replace(leaf, stored=parts))  # noqa: E731
+        moment = kept[-1] if stack._is_whole(kept, leaf) else load()
+        save = jax.vmap(lambda param, moment: self._started(layer, param, moment))
+        as_saved = jax.eval_shape(save, params, moment)
+        same = stack.storage.parts is self.storage.parts and all(
+            old.shape == new.shape and old.dtype == new.dtype
+            for old, new in zip(kept, as_saved, strict=False)
+            if not is_placeholder(new)
+        )
+        if not same:
+            return save(params, moment)
+        return [
+            jnp.zeros(new.shape, bool) if is_placeholder(new) else old
+            for old, new in zip(kept, as_saved, strict=True)
+        ]
+
+    def _started(self, leaf: Leaf, param: Any, start: Any) -> list[Any]:
+        """What is kept of a leaf whose moment is `start`, a number or an array."""
+        parts: list[Any] = [None] * len(self._names)
+        if self.storage.fits(leaf):
+            # Unless it is kept from knowing the value, XLA works out the codes in compilation.
+            start = jax.lax.optimization_barrier(jnp.asarray(start, leaf.dtype))
+            parts = self._saved(jnp.full_like(param, start, dtype=leaf.dtype), leaf)
+        else:
+            parts[-1] = jnp.full_like(param, start, dtype=leaf.dtype)
+        return [as_param(_nothing(leaf) if x is None else x, param) for x in parts]
 
     def _leaves(self, tree: Any, count: Any) -> tuple[list[Leaf], Any]:
         """The `Leaf` of every parameter or gradient of a tree, and the tree's structure."""
