@@ -197,7 +197,8 @@ def init(
       layers_tx: the chain for a layer; None takes `tx`.
 
     Returns:
-      A `BackwardState`: zeros, wherever those of the chains are.
+      A `BackwardState`: zeros, wherever those of the chains are. A run that began with all
+      gradients at once goes on with `from_plain`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -275,15 +276,15 @@ def from_plain(
             f"adam_jax.backward.from_plain needs chains with the same moments: tx keeps {moments}, "
             f"and layers_tx {due_moments}."
         )
-    arrays, names = jax.tree.leaves(state), _names(like)
+    arrays, names = list(map(jnp.asarray, jax.tree.leaves(state))), _names(like)
     params = {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(layers)}
-    new: dict[int, Any] = {}
+    others, new = dict(zip(names, arrays, strict=True)), dict[int, Any]()
     for (slot, leaf, places), (due_slot, layer, due_places) in zip(slots, due_slots, strict=True):
         kept = [arrays[place] for place in places]
         of_layers = due_slot.of_layers(layer, params[leaf.path], slot, leaf, kept)
         new.update(zip(due_places, of_layers, strict=True))
-        names = [None if n in places else name for n, name in enumerate(names)]
-    others = dict(zip(names, arrays, strict=True))
+        for place in places:
+            del others[names[place]]
     for place, (name, of_layer) in enumerate(zip(_names(due), jax.tree.leaves(due), strict=True)):
         if place not in new:
             new[place] = _of_layers(name, others.get(name), of_layer, number)
@@ -327,11 +328,12 @@ def _of_layers(name: str, array: Any, of_layer: Any, number: int) -> Any:
     shape = number, *of_layer.shape
     if of_layer.dtype == bool:
         return jnp.zeros(shape, bool)  # a placeholder
-    if array is None or jnp.shape(array) not in (shape, shape[1:]):
+    found = getattr(array, "shape", None)
+    if found not in (shape, shape[1:]):
         raise ValueError(
             f"adam_jax.backward.from_plain cannot part by layers what the state keeps at {name}: "
-            f"its shape is {jnp.shape(array)}, and that of a layer {of_layer.shape}. Start anew "
-            f"with adam_jax.backward.init."
+            f"its shape is {found}, and that of a layer {of_layer.shape}. Start anew with "
+            f"adam_jax.backward.init."
         )
     return jnp.broadcast_to(array, shape)
 
@@ -357,8 +359,8 @@ def value_and_step(
 
     Args:
       loss: `(params, layers, *args) -> value`, a real scalar. It calls `adam_jax.backward.scan`
-        once, over all of `layers`, and outside of any `jax.jit` or `jax.checkpoint` of its own.
-        `params` is all else that is trained: embedding, head, norms.
+        once, over all of `layers`, and outside of any `jax.jit`, `jax.vmap` or `jax.checkpoint` of
+        its own. `params` is all else that is trained: embedding, head, norms.
       tx: the chain for `params`.
       layers_tx: the chain for a layer; None takes `tx`. With `adam_jax.fuse(tx)` a layer is stepped
         in one kernel a leaf.
@@ -502,7 +504,7 @@ class _Layerwise:
 
         def run(floats):
             results, *rest = _split(self.fn(*joined(floats, others)))
-            return results, rest
+            return results, tuple(rest)
 
         results, pull, (others_of_results, joined_results) = _vjp(run, floats)
         needed, self.structure = jax.tree.flatten(pull)
