@@ -478,7 +478,7 @@ def main():
     parser.add_argument("directory", type=Path, nargs="?", help="where to leave pictures")
     directory = parser.parse_args().directory
     if missing():
-        parser.error(missing())
+        parser.error(f"the page was not tried: {missing()}")
     if directory and not directory.is_dir():
         parser.error(f"there is no directory {directory}")
     check()
