@@ -356,7 +356,7 @@ def cards_under_the_surface(page: Browser):
         page.open(390, 844, language)
         stepper, signs, flow = (box(page, one) for one in (".stepper", ".signs", "#flow"))
         assert box(page, ".picture")["bottom"] < stepper["top"] < signs["top"] < flow["top"]
-        assert flow["top"] - stepper["bottom"] < 70
+        assert flow["top"] - stepper["bottom"] < 80
         assert box(page, "#flow li:nth-child(2)")["bottom"] < 844
         for one in page.js("combinations()"):
             page.js(f"(Object.assign(s, {json.dumps(one)}), render())")
