@@ -10,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -363,6 +364,14 @@ def cards_under_the_surface(page: Browser):
             fits(page)
 
 
+def extremes(page: Browser):
+    """A start in the minimum, where all losses are 0; steps to infinity."""
+    for link in ("surface=quadratic&start=0,0", "scale=10000&sgd_rate=1&beside=momentum,sgd"):
+        page.open(1280, 800, f"en&{link}")
+        drawn = page.js("document.querySelector('.workbench').innerHTML")
+        assert not {"NaN", "Infinity", "undefined"} & set(re.findall(r"\w+", drawn)), link
+
+
 def hidden_at_first(page: Browser):
     """In a frame that is shown later, as on a slide or in a tab, the page draws when it is seen."""
     with tempfile.NamedTemporaryFile("w", suffix=".html") as slide:
@@ -432,6 +441,7 @@ def check():
             ask(page)
         cards_beside_the_surface(page)
         cards_under_the_surface(page)
+        extremes(page)
         hidden_at_first(page)
         page.open(1280, 800, "en")
         copy(page)
