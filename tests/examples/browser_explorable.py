@@ -1,7 +1,8 @@
 """Open `examples/course/explorable.html` in headless Chromium and use it as a reader does.
 
-`python tests/examples/browser_explorable.py DIRECTORY` leaves pictures of it in the directory: both
-languages, both widths, light, dark and grey. Needs Chromium and its chromedriver on the PATH.
+`python tests/examples/browser_explorable.py` checks the page. With a DIRECTORY it leaves pictures
+there: both languages, both widths, light, dark and grey. Needs Chromium and its chromedriver on the
+PATH (in Debian the packages `chromium` and `chromium-driver`).
 """
 
 import argparse
@@ -9,6 +10,7 @@ import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
@@ -23,9 +26,9 @@ from PIL import Image
 PAGE = Path(__file__).parents[2] / "examples" / "course" / "explorable.html"
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
 FLAGS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--disable-quic",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--hide-scrollbars",
+    "--no-first-run", "--hide-scrollbars",
 ]  # fmt: skip
 KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "tab": "\ue004"}
 
@@ -106,7 +109,7 @@ class Browser:
     def devtools(self, command: str, **parameters):
         return self.post("/goog/cdp/execute", cmd=command, params=parameters)
 
-    def open(self, width: int, height: int, language: str, scheme: str = "light"):
+    def open(self, width: int, height: int, link: str, scheme: str = "light"):
         phone = width < 500
         self.devtools(
             "Emulation.setDeviceMetricsOverride",
@@ -116,8 +119,11 @@ class Browser:
         media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
         features = [{"name": name, "value": value} for name, value in media.items()]
         self.devtools("Emulation.setEmulatedMedia", features=features)
+        self.visit(f"{PAGE.as_uri()}#{link}")
+
+    def visit(self, address: str):
         self.post("/url", url="about:blank")
-        self.post("/url", url=f"{PAGE.as_uri()}#{language}")
+        self.post("/url", url=address)
 
     def press(self, *keys: str):
         """Keys, to what has the focus."""
@@ -159,6 +165,7 @@ def browser():
 # --- What a reader does ---------------------------------------------------------------------------
 
 STEP_SHOWN = "Number(document.querySelector('#step-heading .t').textContent)"
+GUIDE = "document.getElementById('guide').innerText"
 CODE = "document.getElementById('code').textContent"
 
 
@@ -203,65 +210,204 @@ def start(page: Browser) -> list[float]:
 
 
 def click_a_step(page: Browser, kind: str):
-    """Near a point of the path; the cards then show that step, and the same numbers."""
+    """Near a point of the path: the cards show the step whose gradient is taken there."""
     middle(page, by_id("surface"))
     box = page.js("document.getElementById('surface').getBoundingClientRect()")
     x, y = page.js("to_pixel(runs.mine.path[7].point)")
     page.pointer((box["x"] + x, box["y"] + y), kind=kind)
-    page.until(f"{STEP_SHOWN} === 7")
-    shown = page.js("document.querySelector('#flow li:last-child tbody tr:last-child').innerText")
+    page.until(f"{STEP_SHOWN} === 8")
+    shown = page.js("document.querySelector('#flow li:first-child tbody tr').innerText")
     assert shown.split()[-2:] == page.js("runs.mine.path[7].point.map(number)")
+    shown = page.js("document.querySelector('#flow li:last-child tbody tr:last-child').innerText")
+    assert shown.split()[-2:] == page.js("runs.mine.path[8].point.map(number)")
+    assert page.js("document.querySelectorAll('#now .arrow').length") == 3
+
+
+def choose(page: Browser, key: str, value: str):
+    click(page, f"document.querySelector('[name={key}][value={value}] + .face')")
+
+
+def height_of(page: Browser, element: str) -> float:
+    """Where an element begins, in pixels from the top of the page."""
+    return page.js(f"{element}.getBoundingClientRect().y + scrollY")
 
 
 def use(page: Browser, kind: str):
     """Everything once, with a mouse or a finger."""
     assert page.js("document.documentElement.scrollWidth") == page.js("innerWidth")
+    assert page.js("Object.keys(runs)") == ["mine", "sgd"]  # it opens as Adam beside SGD
+    assert page.js("is_adam(s) && runs.mine.look") == "mine is-adam"
+    assert page.js("document.querySelector('[name=adam]').disabled")
     drag_the_start(page, kind)
     click_a_step(page, kind)
-    page.pointer(middle(page, by_id("losses")), kind=kind)
-    page.until(f"Math.abs({STEP_SHOWN} - 100) < 10")
+    page.pointer(middle(page, by_id("curves")), kind=kind)
+    page.until(f"Math.abs({STEP_SHOWN} - 90) < 5")
     before = page.js(STEP_SHOWN)
     click(page, by_id("forth"))
     page.until(f"{STEP_SHOWN} === {before + 1}")
+    click(page, by_id("play"))
+    page.until(f"{STEP_SHOWN} > {before + 3}")
+    click(page, by_id("play"))
+    page.until("playing === undefined")
 
-    click(page, "document.querySelector('[value=off] + .face')")
+    # Neither the reasons why something is not offered nor a card that goes moves what is set.
+    off = "document.querySelector('[value=off] + .face')"
+    middle(page, off)
+    seen = [f"{element}.getBoundingClientRect().y" for element in (off, by_id("seed"))]
+    before = [page.js(y) for y in seen]
+    choose(page, "correction", "off")
     page.until(f"!{CODE}.includes('debias')")
+    assert page.js("document.getElementById('why').textContent")
+    page.until(f"Math.abs({seen[0]} - {before[0]}) < 1 && Math.abs({seen[1]} - {before[1]}) < 1")
     code = page.js(CODE)
     assert "# =" not in code  # no optimizer of the package is this
     assert page.js("document.querySelector('[value=rectify]').disabled")
-    click(page, "document.querySelector('[value=rectify] + .face')")
+    choose(page, "division", "rectify")
     assert page.js(CODE) == code
-    click(page, "document.querySelector('[value=on] + .face')")
+    choose(page, "correction", "on")
     page.until(f"{CODE}.includes('debias')")
-    click(page, "document.querySelector('[value=after] + .face')")
+    choose(page, "maximum", "after")
     page.until(f"{CODE}.includes('# = adam_jax.amsgrad')")
-    assert page.js("document.querySelectorAll('#flow li').length") == 7
+    assert page.js("document.querySelectorAll('#flow li').length") == 6
+    click(page, "document.querySelector('[name=adam]')")
+    page.until("Object.keys(runs).join() === 'mine,adam,sgd'")
 
-    for i in range(page.js("document.querySelectorAll('#tries button').length")):
-        code = page.js(CODE)
-        click(page, f"document.querySelectorAll('#tries button')[{i}]")
-        page.until(f"{CODE} !== {json.dumps(code)}")
     focus(page, by_id("sgd_rate"))
+    rows = page.js("document.getElementById('runs').offsetHeight")
     page.press(*["right"] * 20)  # too fast: SGD leaves, and the page says so
-    assert "leaves the picture" in page.js("document.getElementById('runs').innerText")
+    assert "leaves at step" in page.js("document.getElementById('runs').innerText")
+    assert page.js("document.getElementById('runs').offsetHeight") == rows
 
     title = page.js("document.querySelector('h1').innerText")
     click(page, by_id("language"))
     page.until("document.documentElement.lang === 'zh'")
     assert page.js("document.querySelector('h1').innerText") != title
-    assert "曲面" in page.js("document.querySelector('legend').innerText")
+    assert "学习率" in page.js("document.getElementById('sliders').innerText")
     assert page.js("document.documentElement.scrollWidth") == page.js("innerWidth")
+
+    # The address leads back to all of this.
+    page.until("location.hash === '#' + write_link(s, 'zh')")
+    set_now, address = page.js("s"), page.js("location.href")
+    assert set_now["maximum"] == "after"
+    page.visit(address)
+    assert page.js("s") == set_now
+    assert page.js("document.documentElement.lang") == "zh"
+
+
+def ask(page: Browser):
+    """Every question is asked, and answered when the reader wants; neither moves the picture."""
+    for question in page.js("Object.keys(QUESTIONS)"):
+        click(page, f"document.querySelector('[data-ask={question}]')")
+        page.until(f"s.ask === '{question}'")
+        top = height_of(page, by_id("surface"))
+        button = "document.querySelector('#guide button')"
+        closed = page.js(GUIDE)
+        assert page.js(f"{button}.getAttribute('aria-expanded')") == "false"
+        click(page, button)
+        page.until(f"{GUIDE}.length > {len(closed) + 30}")
+        assert page.js(GUIDE).startswith(closed.strip())
+        assert height_of(page, by_id("surface")) == top, question
+
+
+def copy(page: Browser):
+    """“Copied” goes away."""
+    for name, label in (("copy", "Copy"), ("link", "Copy link")):
+        text = f"document.getElementById('{name}').textContent"
+        click(page, by_id(name))
+        page.until(f"{text} === 'Copied'")
+        page.until(f"{text} === '{label}'")
+
+
+# --- Where things are -----------------------------------------------------------------------------
+
+BOX = """((element) => {
+  const { left, top, right, bottom } = element.getBoundingClientRect();
+  return { left, top, right, bottom };
+})"""
+
+
+def box(page: Browser, selector: str) -> dict:
+    return page.js(f"{BOX}(document.querySelector('{selector}'))")
+
+
+def cards_beside_the_surface(page: Browser):
+    """At 1280 × 800 without scrolling, whatever the chain, in both languages."""
+    page.open(1280, 800, "en")
+    for language, one in product(("en", "zh"), page.js("combinations()")):
+        page.js(f"(Object.assign(s, {json.dumps(one)}), speak('{language}'))")
+        picture, flow = box(page, ".picture"), box(page, "#flow")
+        assert flow["left"] > picture["right"]
+        assert flow["top"] == picture["top"]
+        assert flow["bottom"] <= 800, one
+        assert box(page, ".side")["left"] > flow["right"]
+        assert page.js("scrollY") == 0
+        fits(page)
+
+
+def fits(page: Browser):
+    """No formula runs into its numbers, no number out of its card."""
+    cells = "[...document.querySelectorAll('#flow :is(th, td)')]"
+    wide = f"{cells}.filter((one) => one.scrollWidth > one.clientWidth + 1)"
+    assert page.js(f"{wide}.map((one) => one.innerText)") == []
+
+
+def cards_under_the_surface(page: Browser):
+    """On a phone: only the buttons of the step and the legend stand between."""
+    for language in ("en", "zh"):
+        page.open(390, 844, language)
+        stepper, signs, flow = (box(page, one) for one in (".stepper", ".signs", "#flow"))
+        assert box(page, ".picture")["bottom"] < stepper["top"] < signs["top"] < flow["top"]
+        assert flow["top"] - stepper["bottom"] < 80
+        assert box(page, "#flow li:nth-child(2)")["bottom"] < 844
+        for one in page.js("combinations()"):
+            page.js(f"(Object.assign(s, {json.dumps(one)}), render())")
+            fits(page)
+
+
+def extremes(page: Browser):
+    """A start in the minimum, where all losses are 0; steps to infinity."""
+    for link in ("surface=quadratic&start=0,0", "scale=10000&sgd_rate=1&beside=momentum,sgd"):
+        page.open(1280, 800, f"en&{link}")
+        drawn = page.js("document.querySelector('.workbench').innerHTML")
+        assert not {"NaN", "Infinity", "undefined"} & set(re.findall(r"\w+", drawn)), link
+
+
+def hidden_at_first(page: Browser):
+    """In a frame that is shown later, as on a slide or in a tab, the page draws when it is seen."""
+    with tempfile.NamedTemporaryFile("w", suffix=".html") as slide:
+        slide.write(f'<iframe src="{PAGE.as_uri()}" style="display: none"></iframe>')
+        slide.flush()
+        page.visit(Path(slide.name).as_uri())
+        page.post("/frame", id=0)
+        page.until(
+            "document.readyState === 'complete' && document.getElementById('flow').innerText"
+        )
+        assert page.js("document.getElementById('paths').innerHTML") == ""
+        page.post("/frame/parent")
+        page.js("(document.querySelector('iframe').style = 'width: 1200px; height: 700px')")
+        page.post("/frame", id=0)
+        page.until("document.querySelectorAll('#paths .path').length === 2")
+        page.until("document.querySelectorAll('#curves .path').length === 8")
+        assert page.js("document.getElementById('bands').width") > 200
+        page.post("/frame", id=None)
 
 
 def use_the_keyboard(page: Browser):
     """No mouse: every control is reached with the tabulator and does what its keys say."""
     reached = set()
-    for _ in range(30):
+    for _ in range(60):
         page.press("tab")
         reached.add(page.js("document.activeElement.id || document.activeElement.name"))
-    sliders = {"learning_rate", "sgd_rate", "b1", "b2", "eps", "step"}
+    sliders = {"learning_rate", "sgd_rate", "b1", "b2", "eps", "scale", "noise", "seed", "step"}
+    beside = {"adagrad", "momentum", "sgd"}
     choices = {"surface", "lookahead", "correction", "maximum", "division", "epsilon"}
-    assert reached >= {"language", "start", "back", "forth", "copy"} | sliders | choices
+    assert (
+        reached
+        >= {"language", "link", "start", "play", "back", "forth", "copy"}
+        | sliders
+        | choices
+        | beside
+    )
 
     focus(page, by_id("start"))
     (x, y), code = start(page), page.js(CODE)
@@ -271,14 +417,14 @@ def use_the_keyboard(page: Browser):
     assert page.js(CODE) == code
     for name in sorted(sliders):
         focus(page, by_id(name))
-        before = page.js("[s.learning_rate, s.sgd_rate, s.b1, s.b2, s.eps, s.step]")
-        page.press("left")
-        after = page.js("[s.learning_rate, s.sgd_rate, s.b1, s.b2, s.eps, s.step]")
-        assert sum(a != b for a, b in zip(after, before, strict=True)) == 1, name
+        before = page.js("s")
+        page.press("right" if name in ("noise", "seed") else "left")
+        after = page.js("s")
+        assert [key for key in after if after[key] != before[key]] == [name]
     assert page.js(CODE) != code
     focus(page, "document.querySelector('[name=lookahead]:checked')")
-    page.press("left")
-    assert "nesterov" not in page.js(CODE)
+    page.press("right")
+    page.until(f"{CODE}.includes('nesterov')")
 
 
 def check():
@@ -286,11 +432,20 @@ def check():
     with browser() as page:
         page.post("/url", url="about:blank")
         page.log("performance")  # forget what Chromium's own first page asked for
-        page.open(1200, 900, "en")
+        page.open(1280, 800, "en")
         use(page, "mouse")
-        page.open(375, 800, "en")
+        page.open(390, 844, "en")
         use(page, "touch")
-        page.open(1200, 900, "en", scheme="dark")
+        for language in ("en", "zh"):
+            page.open(1280, 800, language)
+            ask(page)
+        cards_beside_the_surface(page)
+        cards_under_the_surface(page)
+        extremes(page)
+        hidden_at_first(page)
+        page.open(1280, 800, "en")
+        copy(page)
+        page.open(1280, 800, "en", scheme="dark")
         use_the_keyboard(page)
         background = page.js("getComputedStyle(document.body).backgroundColor")
         assert max(map(int, background.strip("rgb()").split(","))) < 64
@@ -312,7 +467,7 @@ def check():
 def pictures(directory: Path):
     """The whole page in both languages and widths, light and dark; one in grey; the gallery's."""
     with browser() as page:
-        for width, height in ((1200, 900), (375, 800)):
+        for width, height in ((1280, 800), (390, 844)):
             for language, scheme in (
                 ("en", "light"),
                 ("zh", "dark"),
@@ -321,7 +476,7 @@ def pictures(directory: Path):
             ):
                 page.open(width, height, language, scheme)
                 page.picture(directory / f"{language}-{width}-{scheme}.png")
-        page.open(1200, 920, "en")
+        page.open(1280, 800, "en")
         page.picture(directory / "explorable.png", whole=False)
         page.js("(document.documentElement.style.filter = 'grayscale(1)')")
         page.picture(directory / "grey.png", whole=False)
@@ -331,14 +486,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path, help="where to leave the pictures")
+    parser.add_argument("directory", type=Path, nargs="?", help="where to leave pictures")
     directory = parser.parse_args().directory
     if missing():
-        parser.error(missing())
-    if not directory.is_dir():
+        parser.error(f"the page was not tried: {missing()}")
+    if directory and not directory.is_dir():
         parser.error(f"there is no directory {directory}")
     check()
-    pictures(directory)
+    print("the explorable: used with a mouse, a finger and the keyboard, and measured")
+    if directory:
+        pictures(directory)
 
 
 if __name__ == "__main__":
