@@ -160,7 +160,7 @@ def draw_accuracies(found: dict[str, np.ndarray], scale: float, path: Path) -> N
         axes.scatter(*both.T, s=25, alpha=0.45, **look)
         axes.scatter(*both.mean(axis=0), s=110, edgecolor="black", label=name, **look)
     axes.set(
-        title=f"Two digits, one network; the right digit's loss times {scale:g}",
+        title=f"Two digits; the right one's loss × {scale:g}",
         xlabel="left digit correct, %", ylabel="right digit correct, %",
     )  # fmt: skip
     axes.grid(alpha=0.3)

@@ -27,6 +27,14 @@ import adam_jax
 RATES = {"backbone": 4e-3, "heads": 8e-3}
 
 
+def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.chain(
+        adam_jax.scale_by_moments(b1=0.9, b2=0.999),
+        adam_jax.bias_correct(eps=1e-8),
+        adam_jax.scale_by_lr(learning_rate),
+    )
+
+
 def partitioned(adam: Callable, steps: int) -> optax.GradientTransformation:
     """The gradient clipped to length 1, then `adam` with the rate of its part, which decays."""
     schedule = partial(optax.warmup_cosine_decay_schedule, 0.0, warmup_steps=steps // 10)
@@ -34,14 +42,6 @@ def partitioned(adam: Callable, steps: int) -> optax.GradientTransformation:
     part_of = lambda path, _: "backbone" if path[0].key == "backbone" else "heads"  # noqa: E731
     labels = partial(jax.tree_util.tree_map_with_path, part_of)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, labels))
-
-
-def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return optax.chain(
-        adam_jax.scale_by_moments(b1=0.9, b2=0.999),
-        adam_jax.bias_correct(eps=1e-8),
-        adam_jax.scale_by_lr(learning_rate),
-    )
 
 
 BATCH, TRAINING, HELD_OUT = 32, 8000, 500
