@@ -30,26 +30,30 @@ from flax import nnx
 
 import adam_jax
 
+PARTS = {
+    "factors": ["user_factors", "item_factors"],
+    "bias": ["user_bias", "item_bias"],
+    "embedding": ["user_embedding", "item_embedding", "group_embedding", "genre_embedding"],
+    "network": ["hidden", "last", "output"],
+}
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
+
 
 def optimizer(model: str, adamw: Callable, lazy: Callable) -> optax.GradientTransformation:
-    """A chain for each part of the model, by its name: lazy tables, and the network's layers."""
+    """Lazy tables, each kind with its weight decay; of the network all rows have gradients."""
     if model == "factors":
-        factors = lazy(adamw(3e-3, weight_decay=0.8))
-        biases = lazy(adamw(3e-3, weight_decay=0.1))
         chains = {
-            "user_factors": factors, "item_factors": factors,
-            "user_bias": biases, "item_bias": biases,
-        }  # fmt: skip
+            "factors": lazy(adamw(3e-3, weight_decay=0.8)),
+            "bias": lazy(adamw(3e-3, weight_decay=0.1)),
+        }
     else:
-        tables = lazy(adamw(1e-3, weight_decay=1.0))
-        layers = adamw(1e-3, weight_decay=0.01)  # all their rows have gradients
         chains = {
-            "user_factors": tables, "user_embedding": tables, "group_embedding": tables,
-            "item_factors": tables, "item_embedding": tables, "genre_embedding": tables,
-            "hidden": layers, "last": layers, "output": layers,
-        }  # fmt: skip
-    name = lambda path, _: path[0].key  # noqa: E731
-    return optax.partition(chains, lambda params: jax.tree_util.tree_map_with_path(name, params))
+            "factors": lazy(adamw(1e-3, weight_decay=1.0)),
+            "embedding": lazy(adamw(1e-3, weight_decay=1.0)),
+            "network": adamw(1e-3, weight_decay=0.01),
+        }
+    part = lambda path, _: PART_OF[path[0].key]  # noqa: E731
+    return optax.partition(chains, lambda params: jax.tree_util.tree_map_with_path(part, params))
 
 
 WIDTH, BATCH, NEGATIVES, OTHERS, BEST = 16, 256, 4, 99, 10
