@@ -289,8 +289,8 @@ def draw(
         below.plot(steps / 1000, rates, **STYLES[name])
     for (name, value), style in zip(baselines.items(), (":", "-."), strict=True):
         above.axhline(value, label=name, color="0.4", linestyle=style, linewidth=1)
-    played = "some at random" if algorithm == "dqn" else "drawn from the policy"
-    title = f"Mean of 20 returns in training, actions {played};\n{reached:.4g} by the greedy policy"
+    played = "some actions random" if algorithm == "dqn" else "actions drawn from the policy"
+    title = f"Mean of 20 returns in training, {played};\n{reached:.4g} by the greedy policy"
     above.set(ylabel="return", ylim=(0, 1.04 * HIGHEST))
     above.set_title(f"{title} at the end", fontsize="medium")
     above.legend(loc="lower right")
