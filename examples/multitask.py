@@ -13,14 +13,13 @@ import time
 from functools import partial
 from pathlib import Path
 
+import commandline
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
-from commandline import directory, hardware, positive
-from compare import save
 from digits import Data, shipped_digits
+from drawing import COLORS, plt, save
 from flax import nnx
 from mnist import cross_entropy
 from tqdm import tqdm
@@ -28,10 +27,42 @@ from tqdm import tqdm
 import adam_jax
 from adam_jax import tasks
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
-BATCH, RATE, CHUNK = 64, 1e-3, 100
+def parts(params):
+    """Which weights are shared."""
+    part = lambda path, _: "shared" if path[0].key == "shared" else "heads"  # noqa: E731
+    return jax.tree_util.tree_map_with_path(part, params)
+
+
+def combined(combination: optax.GradientTransformation) -> optax.GradientTransformation:
+    """One gradient for the shared weights, each head's own gradient for the heads, and Adam."""
+    ways = {"shared": combination, "heads": tasks.weighted([1, 1])}
+    return optax.chain(optax.partition(ways, parts), adam_jax.adam(1e-3))
+
+
+def of_directions(combination: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Combine the directions that Adam has for each task: moments before, not after."""
+    direction = optax.chain(adam_jax.scale_by_moments(), adam_jax.bias_correct())
+    ways = {
+        "shared": optax.chain(tasks.per_task(2, direction), combination),
+        "heads": optax.chain(tasks.weighted([1, 1]), direction),
+    }
+    return optax.chain(optax.partition(ways, parts), adam_jax.scale_by_lr(1e-3))
+
+
+METHODS = {
+    "left alone": combined(tasks.weighted([1, 0])),
+    "right alone": combined(tasks.weighted([0, 1])),
+    "mean": combined(tasks.weighted([0.5, 0.5])),
+    "pcgrad": combined(tasks.pcgrad()),
+    "mgda": combined(tasks.mgda()),
+    "cagrad": combined(tasks.cagrad(0.5)),
+    "aligned_mtl": combined(tasks.aligned_mtl()),
+    "gradnorm": combined(tasks.gradnorm(2)),
+    "mgda of Adam's directions": of_directions(tasks.mgda()),
+}
+
+BATCH, CHUNK = 64, 100
 
 # --- MultiMNIST -----------------------------------------------------------------------------------
 
@@ -63,42 +94,6 @@ class Network(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         features = self.shared(images.reshape(len(images), -1))
         return jnp.stack([self.left(features), self.right(features)])
-
-
-def parts(params):
-    """Which weights are shared."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "shared" if "shared" in jax.tree_util.keystr(path) else "heads", params
-    )
-
-
-def combined(combination: optax.GradientTransformation) -> optax.GradientTransformation:
-    """One gradient for the shared weights, each head's own gradient for the heads, and Adam."""
-    ways = {"shared": combination, "heads": tasks.weighted([1, 1])}
-    return optax.chain(optax.partition(ways, parts), adam_jax.adam(RATE))
-
-
-def of_directions(combination: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Combine the directions that Adam has for each task: moments before, not after."""
-    direction = optax.chain(adam_jax.scale_by_moments(), adam_jax.bias_correct())
-    ways = {
-        "shared": optax.chain(tasks.per_task(2, direction), combination),
-        "heads": optax.chain(tasks.weighted([1, 1]), direction),
-    }
-    return optax.chain(optax.partition(ways, parts), adam_jax.scale_by_lr(RATE))
-
-
-METHODS = {
-    "left alone": combined(tasks.weighted([1, 0])),
-    "right alone": combined(tasks.weighted([0, 1])),
-    "mean": combined(tasks.weighted([0.5, 0.5])),
-    "pcgrad": combined(tasks.pcgrad()),
-    "mgda": combined(tasks.mgda()),
-    "cagrad": combined(tasks.cagrad(0.5)),
-    "aligned_mtl": combined(tasks.aligned_mtl()),
-    "gradnorm": combined(tasks.gradnorm(2)),
-    "mgda of Adam's directions": of_directions(tasks.mgda()),
-}
 
 
 def train(tx: optax.GradientTransformation, data: Data, options: argparse.Namespace, bar: tqdm):
@@ -143,19 +138,18 @@ def train(tx: optax.GradientTransformation, data: Data, options: argparse.Namesp
 def table(found: dict[str, np.ndarray]) -> str:
     """Mean and, from the least to the most, the spread over the seeds."""
     cell = lambda a: f"{a.mean():.1%} ({100 * a.min():.1f}–{100 * a.max():.1f})"  # noqa: E731
-    rows = ["| method | left digit | right digit | mean of both |", "|---|---|---|---|"]
+    rows = ["| method | left digit | right digit |", "|---|---|---|"]
     alone = np.stack([found["left alone"][:, 0], found["right alone"][:, 1]], axis=1)
     for name, both in {"each alone": alone, **found}.items():
         if name not in ("left alone", "right alone"):
-            cells = [cell(a) for a in (both[:, 0], both[:, 1], both.mean(axis=1))]
-            rows.append(f"| {name} | {' | '.join(cells)} |")
+            rows.append(f"| {name} | {cell(both[:, 0])} | {cell(both[:, 1])} |")
     return "\n".join(rows)
 
 
 MARKERS = dict(zip(list(METHODS)[2:], "os^Dv*P", strict=True))
 
 
-def draw_accuracies(found: dict[str, np.ndarray], path: Path) -> None:
+def draw_accuracies(found: dict[str, np.ndarray], scale: float, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     style = {"color": "black", "linestyle": "--", "linewidth": 1}
     axes.axvline(100 * found["left alone"][:, 0].mean(), **style)
@@ -166,11 +160,14 @@ def draw_accuracies(found: dict[str, np.ndarray], path: Path) -> None:
         axes.scatter(*both.T, s=25, alpha=0.45, **look)
         axes.scatter(*both.mean(axis=0), s=110, edgecolor="black", label=name, **look)
     axes.set(
-        title="Large: the mean of the seeds",
+        title=f"Two digits; the right one's loss × {scale:g}",
         xlabel="left digit correct, %", ylabel="right digit correct, %",
     )  # fmt: skip
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.legend(
+        title="small: one seed\nlarge: the mean of the seeds",
+        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False,
+    )  # fmt: skip
     save(figure, path)
 
 
@@ -230,7 +227,7 @@ def draw_toy(path: Path) -> None:
     for axes, (name, combination) in zip(row, TOY_METHODS.items(), strict=True):
         paths = toy_paths(combination)
         axes.contour(*grid, heights, 14, colors="0.75", linewidths=0.8, linestyles="solid")
-        axes.plot(paths[..., 0], paths[..., 1], color="#d55e00", linewidth=1.6)
+        axes.plot(paths[..., 0], paths[..., 1], color=COLORS["Adam"], linewidth=1.6)
         pareto = {"color": "0.45", "linewidth": 5, "solid_capstyle": "butt"}
         marks = [
             axes.plot(*STARTS.T, "ko", markersize=6, label="start")[0],
@@ -250,25 +247,13 @@ def draw_toy(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--seeds", type=positive, default=3, help="networks of each method (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=positive, default=2000, help="training steps (default: %(default)s)"
-    )
+    parser = commandline.parser(__doc__, steps=2000, seeds=3, directory=".")
     parser.add_argument(
         "--scale",
         type=float,
         default=1.0,
         help="a factor on the right digit's loss, which some methods mind (default: %(default)s)",
     )
-    parser.add_argument(
-        "--directory", type=directory, default=Path(),
-        help="where to write multitask.png and multitask-toy.png (default: here)",
-    )  # fmt: skip
     options = parser.parse_args()
     start, found, data = time.perf_counter(), {}, shipped_digits()
     with tqdm(total=len(METHODS) * options.seeds * options.steps, unit="step") as bar:
@@ -278,10 +263,10 @@ def main() -> None:
     print(
         f"two overlaid digits, {options.steps} batches of {BATCH}, {options.seeds} seeds, "
         f"the right digit's loss times {options.scale:g}; "
-        f"{time.perf_counter() - start:.0f} s on {hardware()}"
+        f"{time.perf_counter() - start:.0f} s on {commandline.hardware()}"
     )
     print(table(found))
-    draw_accuracies(found, options.directory / "multitask.png")
+    draw_accuracies(found, options.scale, options.directory / "multitask.png")
     draw_toy(options.directory / "multitask-toy.png")
     print(f"pictures in {options.directory}: multitask.png, multitask-toy.png")
 

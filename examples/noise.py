@@ -7,26 +7,23 @@ cosine of its update to the right one (both: mean over the last tenth of the ste
 step that any element ever took. What each costs in bytes, seconds and loss: `memory.py`.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import commandline
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from commandline import hardware, new_file, positive
 from memory import CHOICES
 from tqdm import tqdm
 
 import adam_jax
 from adam_jax import storage
 
-SHAPE = 64, 256  # 16,384 elements: large enough to be kept in codes
-NOISE = 10.0  # its root mean square, where the true gradient's is 1
-
+OPTIMIZERS = {"adam": adam_jax.adam, "ademamix": adam_jax.ademamix, "lion": adam_jax.lion}
 AT_RANDOM = storage.stochastic(jnp.bfloat16)
 MOMENTS = {choice.name: choice.moments for choice in CHOICES if choice.weights == "float32"} | {
     "8-bit m alone": {"mu_storage": storage.int8()},
@@ -35,7 +32,16 @@ MOMENTS = {choice.name: choice.moments for choice in CHOICES if choice.weights =
     "4-bit v alone": {"nu_storage": storage.int4()},
     "bfloat16 m at random, 8-bit v": {"mu_storage": AT_RANDOM, "nu_storage": storage.int8()},
 }
-OPTIMIZERS = {"adam": adam_jax.adam, "ademamix": adam_jax.ademamix, "lion": adam_jax.lion}
+
+
+def optimizer(name: str, kept: dict) -> optax.GradientTransformationExtraArgs:
+    if name == "lion":
+        kept = {key: how for key, how in kept.items() if key == "mu_storage"}
+    return OPTIMIZERS[name](1.0, **kept)
+
+
+SHAPE = 64, 256  # 16,384 elements: large enough to be kept in codes
+NOISE = 10.0  # its root mean square, where the true gradient's is 1
 
 
 def normal(key: jax.Array) -> jax.Array:
@@ -68,12 +74,6 @@ def cases() -> list[tuple[str, str]]:
         for moments, kept in MOMENTS.items()
         if name != "lion" or kept.get("mu_storage") is kept.get("nu_storage")
     ]
-
-
-def optimizer(name: str, kept: dict) -> optax.GradientTransformationExtraArgs:
-    if name == "lion":
-        kept = {key: how for key, how in kept.items() if key == "mu_storage"}
-    return OPTIMIZERS[name](1.0, **kept)
 
 
 @partial(jax.jit, static_argnames=("tx", "draw", "steps"))
@@ -127,17 +127,13 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=positive, default=6000, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser = commandline.parser(__doc__, steps=6000, seed=0)
     parser.add_argument(
-        "--json", type=new_file, help="where to write every figure (default: nowhere)"
+        "--json", type=commandline.new_file, help="where to write every figure (default: nowhere)"
     )
     options = parser.parse_args()
 
-    print(f"{options.steps} steps, seed {options.seed}; {hardware()}")
+    print(f"{options.steps} steps, seed {options.seed}; {commandline.hardware()}")
     print("decay rates: adam m .9, v .999; ademamix m .9 and .9999, v .999; lion m .99")
     print("norm: against float32's; cosine and largest step (in learning rates): 'of' float32's\n")
     rows = measured(options.steps, options.seed)

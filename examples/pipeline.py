@@ -3,18 +3,15 @@
 Two weights get the same ten gradients, but for a factor of 1,000. Their updates are equal.
 """
 
-import argparse
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import matplotlib
-from commandline import directory
+from commandline import parser
+from drawing import plt
 
 import adam_jax
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 STAGES = {
     "scale_by_moments": adam_jax.scale_by_moments(b1=0.9, b2=0.999),
@@ -89,15 +86,13 @@ def draw(passed, path: Path, ink: str, box: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--directory", type=directory, default=".", help="where the pictures go")
-    options = parser.parse_args()
+    where = parser(__doc__, directory=".").parse_args().directory
     passed = signals()
     for signal in passed:
         print(signal if isinstance(signal, jax.Array) else (signal.mu.value, signal.nu.value))
     plt.rcParams["svg.hashsalt"] = "adam_jax"  # the same file for the same picture
-    draw(passed, Path(options.directory) / "pipeline.svg", ink="#1f2328", box="#eef4fb")
-    draw(passed, Path(options.directory) / "pipeline-dark.svg", ink="#e6edf3", box="#1c2836")
+    draw(passed, where / "pipeline.svg", ink="#1f2328", box="#eef4fb")
+    draw(passed, where / "pipeline-dark.svg", ink="#e6edf3", box="#1c2836")
 
 
 if __name__ == "__main__":

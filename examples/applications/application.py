@@ -1,4 +1,4 @@
-"""What the applications share: command line, two runs on the same batches, report and picture.
+"""What the applications share: command line, batches, progress, report and picture.
 
 Each program trains its model with a chain of adam_jax and, on the same batches and from the same
 weights, with optax's optimizer, and ends with its metric on data that it was not trained on.
@@ -8,51 +8,30 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parent.parent))  # the other examples: their digits and options
-from commandline import hardware, new_file, positive
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-OURS, THEIRS = "adam_jax", "optax"
-# As in mnist.py: where the two agree, the dashed line lies in the middle of the wide one.
-STYLES = {
-    OURS: {"color": "#d55e00", "linewidth": 5, "alpha": 0.45},
-    THEIRS: {"color": "black", "linewidth": 1, "linestyle": "--"},
-}
+import commandline
+from drawing import OURS, STYLES, last_means, plt
 
 
-def parser(description: str, steps: int, plot: str) -> argparse.ArgumentParser:
+def parser(description: str | None, steps: int, plot: str) -> argparse.ArgumentParser:
     """The options that every application has; a program adds --model and what is its own."""
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    made.add_argument(
-        "--steps", type=positive, default=steps, help="training steps (default: %(default)s)"
-    )
-    made.add_argument(
-        "--seed", type=int, default=0, help="of weights and batches (default: %(default)s)"
-    )
+    made = commandline.parser(description, steps=steps, seed=0, plot=plot)
     made.add_argument(
         "--alone", action="store_true", help="leave out the run beside it with optax's optimizer"
-    )
-    made.add_argument(
-        "--plot", type=new_file, default=Path(plot), help="the picture (default: %(default)s)"
     )
     return made
 
 
-def batches(seed: int, size: int, *arrays: np.ndarray) -> Iterable[tuple[np.ndarray, ...]]:
+def batches(seed: int, size: int, *arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     """Batches of the arrays' rows for ever, in a new order at each pass."""
     shuffle = np.random.default_rng(seed)
     while True:
@@ -62,24 +41,15 @@ def batches(seed: int, size: int, *arrays: np.ndarray) -> Iterable[tuple[np.ndar
             yield tuple(array[chosen] for array in arrays)
 
 
-def train(
-    step: Callable, runs: dict[str, tuple], data: Iterable[tuple], steps: int
-) -> dict[str, np.ndarray]:
-    """Call `step(*run, *batch)`, which returns a loss, for every run with the same batches.
-
-    A run is what its steps change in place: a model, its optimizer, and what else it has. The
-    losses of each run are returned.
-    """
-    losses: dict[str, list] = {name: [] for name in runs}
+def progress(data: Iterable[tuple], steps: int, losses: dict[str, list]) -> Iterator[tuple]:
+    """So many batches, under a bar that shows our last loss; then the time is printed."""
     start = time.perf_counter()
     with tqdm(itertools.islice(data, steps), total=steps, unit="step") as bar:
         for number, batch in enumerate(bar):
-            for name, run in runs.items():
-                losses[name].append(step(*run, *batch))
+            yield batch
             if number % 20 == 0:
                 bar.set_postfix_str(f"loss {float(losses[OURS][-1]):.3f}")
-    print(f"{steps} steps in {time.perf_counter() - start:.0f} s on {hardware()}")
-    return {name: np.asarray(jnp.stack(values)) for name, values in losses.items()}
+    print(f"{steps} steps in {time.perf_counter() - start:.0f} s on {commandline.hardware()}")
 
 
 def difference(ours: nnx.Module, theirs: nnx.Module) -> float:
@@ -97,12 +67,11 @@ def report(metric: str, value: float, baseline: str, of_baseline: float, better=
     )
 
 
-def draw_losses(axes: plt.Axes, losses: dict[str, np.ndarray], label: str) -> None:
+def draw_losses(axes: plt.Axes, losses: dict[str, list], label: str) -> None:
     """The training losses of all runs, each the mean of some of the last steps."""
     window = max(1, min(50, len(losses[OURS]) // 10))
     for name, values in losses.items():
-        smooth = np.convolve(values, np.full(window, 1 / window), "valid")
-        axes.plot(np.arange(window, len(values) + 1), smooth, label=name, **STYLES[name])
+        axes.plot(*last_means(jax.device_get(values), window), label=name, **STYLES[name])
     axes.set(title=f"Training loss, mean of {window} steps", xlabel="step", ylabel=label)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -6,7 +6,7 @@ of the weights has its own chain of three stages, which is Adam. Beside it optax
 same detector in the same partition on the same batches: the largest difference of a weight is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +15,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from application import OURS, THEIRS, plt
 from boxes import Detections, align, around, detected, iou, mean_average_precision, move, nms, rows
 from digits import shipped_digits
 from digits_on_canvas import CLASSES, MOST, SIDE, Canvases, components, draw_canvas, paint
+from drawing import OURS, THEIRS, plt, save
 from flax import nnx
 from optax import softmax_cross_entropy_with_integer_labels as cross_entropy
 
 import adam_jax
 
-BATCH, TRAINING, HELD_OUT = 32, 8000, 500
 RATES = {"backbone": 4e-3, "heads": 8e-3}
+
+
+def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    return optax.chain(
+        adam_jax.scale_by_moments(b1=0.9, b2=0.999),
+        adam_jax.bias_correct(eps=1e-8),
+        adam_jax.scale_by_lr(learning_rate),
+    )
+
+
+def partitioned(adam: Callable, steps: int) -> optax.GradientTransformation:
+    """The gradient clipped to length 1, then `adam` with the rate of its part, which decays."""
+    schedule = partial(optax.warmup_cosine_decay_schedule, 0.0, warmup_steps=steps // 10)
+    parts = {part: adam(schedule(rate, decay_steps=steps)) for part, rate in RATES.items()}
+    part_of = lambda path, _: "backbone" if path[0].key == "backbone" else "heads"  # noqa: E731
+    labels = partial(jax.tree_util.tree_map_with_path, part_of)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, labels))
+
+
+BATCH, TRAINING, HELD_OUT = 32, 8000, 500
 
 
 # --- What both models share -----------------------------------------------------------------------
@@ -173,24 +192,7 @@ def best(proposals: jax.Array, objectness: jax.Array) -> jax.Array:
 MODELS = {"yolo": Yolo, "faster_rcnn": FasterRCNN}
 
 
-# --- The chain and the step -----------------------------------------------------------------------
-
-
-def partitioned(adam: Callable, steps: int) -> optax.GradientTransformation:
-    """The gradient clipped to length 1, then `adam` with the rate of its part, which decays."""
-    schedule = partial(optax.warmup_cosine_decay_schedule, 0.0, warmup_steps=steps // 10)
-    parts = {part: adam(schedule(rate, decay_steps=steps)) for part, rate in RATES.items()}
-    part_of = lambda path, _: "backbone" if path[0].key == "backbone" else "heads"  # noqa: E731
-    labels = partial(jax.tree_util.tree_map_with_path, part_of)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, labels))
-
-
-def adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    return optax.chain(
-        adam_jax.scale_by_moments(b1=0.9, b2=0.999),
-        adam_jax.bias_correct(eps=1e-8),
-        adam_jax.scale_by_lr(learning_rate),
-    )
+# --- The step and the loop ------------------------------------------------------------------------
 
 
 @nnx.jit
@@ -198,6 +200,15 @@ def step(model, optimizer, images, boxes, labels):
     value, grads = nnx.value_and_grad(lambda model: model.loss(images, boxes, labels))(model)
     optimizer.update(model, grads)
     return value
+
+
+def train(runs: dict[str, tuple], data: Iterable[tuple], steps: int) -> dict[str, list]:
+    """Model and optimizer of each run change in place; the losses are returned."""
+    losses = {name: [] for name in runs}
+    for batch in application.progress(data, steps, losses):
+        for name, run in runs.items():
+            losses[name].append(step(*run, *batch))
+    return losses
 
 
 # --- Picture and command line ---------------------------------------------------------------------
@@ -213,8 +224,7 @@ def draw(losses: dict, truth: Canvases, found: Detections, path: Path) -> None:
     for index, place in enumerate(right.subplots(2, 3).flat):
         draw_canvas(place, *(part[index] for part in (*truth, *found)))
     right.suptitle("Held out: found with class and score; the truth dashed")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
@@ -232,7 +242,7 @@ def main() -> None:
     if options.alone:
         del runs[THEIRS]
     data = application.batches(options.seed, BATCH, *canvases)
-    losses = application.train(step, runs, data, options.steps)
+    losses = train(runs, data, options.steps)
 
     model, _ = runs[OURS]
     detect = nnx.jit(lambda model, images: model.detect(images))

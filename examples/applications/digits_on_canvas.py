@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
-from application import OURS, STYLES, THEIRS, plt
-from boxes import Detections
+from boxes import Detections, iou
+from drawing import OURS, STYLES, THEIRS, plt
 from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 
@@ -106,10 +106,19 @@ def draw_canvas(axes, image, boxes, labels, found_boxes, found_labels, scores) -
 
     axes.imshow(image, cmap="gray_r", interpolation="nearest")
     axes.set(xticks=[], yticks=[])
+    truth = boxes[labels >= 0]
+    taken = [*truth, *found_boxes[scores >= 0.5]]
     for box, label, score in zip(found_boxes, found_labels, scores, strict=True):
         if score >= 0.5:
             frame(box, STYLES[OURS] | {"linewidth": 3})
-            text = f"{label}: {score:.2f}"
-            axes.text(*box[:2] - 1.5, text, fontsize=8, color="#8c3d00", weight="bold")
-    for box in boxes[labels >= 0]:
+            # The score stands where it covers least: over its box, under it, right or left of it.
+            (x0, y0, x1, y1), size = box, np.array([16, 5])
+            spots = [(x0, y0 - 6), (x0, y1 + 1), (x1 + 1, y0), (x0 - 17, y0)]
+            spots = np.clip(spots, 0, SIDE - size)
+            spots = np.concatenate([spots, spots + size], axis=1).astype(np.float32)
+            spot = spots[iou(spots[:, None], np.array(taken)[None]).sum(axis=1).argmin()]
+            taken.append(spot)
+            style = {"fontsize": 8, "color": "#8c3d00", "weight": "bold", "va": "top"}
+            axes.text(*spot[:2], f"{label}: {score:.2f}", **style)
+    for box in truth:
         frame(box, STYLES[THEIRS])

@@ -13,25 +13,35 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from application import (
-    OURS,
-    THEIRS,
-    batches,
-    difference,
-    draw_losses,
-    parser,
-    plt,
-    report,
-    train,
-)
+from application import batches, difference, draw_losses, parser, progress, report
 from digits import CLASSES, Data, shipped_digits
+from drawing import OURS, THEIRS, plt, save
 from flax import nnx
 from sklearn.svm import SVC
 
 import adam_jax
 
-BATCH, WIDTHS = 64, (16, 32, 64)
-LEARNING_RATE, WEIGHT_DECAY, AVERAGE_DECAY = 3e-3, 0.05, 0.98
+LEARNING_RATE, WEIGHT_DECAY = 3e-3, 0.05
+
+
+def kernels(params):
+    """True for what decays: kernels, which have more than one axis; not biases, not scales."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+    """AdamW as the chain that it is, and optax's; the rate rises for a tenth of the steps."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 10, steps)
+    chain = optax.chain(
+        adam_jax.scale_by_moments(b1=0.9, b2=0.999),
+        adam_jax.bias_correct(eps=1e-8),
+        optax.add_decayed_weights(WEIGHT_DECAY, mask=kernels),
+        adam_jax.scale_by_lr(schedule),
+    )
+    return {OURS: chain, THEIRS: optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=kernels)}
+
+
+BATCH, WIDTHS, AVERAGE_DECAY = 64, (16, 32, 64), 0.98
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -115,24 +125,7 @@ def convolution(before: int, width: int, rngs: nnx.Rngs, **options) -> nnx.Conv:
 MODELS = {"vgg": VGG, "resnet": ResNet}
 
 
-# --- The chain and the step -----------------------------------------------------------------------
-
-
-def kernels(params):
-    """True for what decays: kernels, which have more than one axis; not biases, not scales."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
-def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
-    """AdamW as the chain that it is, and optax's; the rate rises for a tenth of the steps."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 10, steps)
-    chain = optax.chain(
-        adam_jax.scale_by_moments(b1=0.9, b2=0.999),
-        adam_jax.bias_correct(eps=1e-8),
-        optax.add_decayed_weights(WEIGHT_DECAY, mask=kernels),
-        adam_jax.scale_by_lr(schedule),
-    )
-    return {OURS: chain, THEIRS: optax.adamw(schedule, weight_decay=WEIGHT_DECAY, mask=kernels)}
+# --- The step and the loop ------------------------------------------------------------------------
 
 
 @nnx.jit
@@ -149,6 +142,15 @@ def step(model, optimizer, average, images, labels):
     share = (1 - AVERAGE_DECAY) / (1 - AVERAGE_DECAY ** optimizer.step[...])
     nnx.update(average, optax.incremental_update(nnx.state(model), nnx.state(average), share))
     return value
+
+
+def train(runs: dict[str, tuple], data: Iterable[tuple], steps: int) -> dict[str, list]:
+    """Model, optimizer and average of each run change in place; the losses are returned."""
+    losses = {name: [] for name in runs}
+    for batch in progress(data, steps, losses):
+        for name, run in runs.items():
+            losses[name].append(step(*run, *batch))
+    return losses
 
 
 def evaluated(model: nnx.Module) -> nnx.Module:
@@ -189,8 +191,7 @@ def draw(losses: dict, data: Data, read: np.ndarray, path: Path) -> None:
     right.set(xlim=(0, columns * width), ylim=(4 * 1.3 * width, -width / 3), aspect="equal")
     right.set_title(f"{len(wrong)} of {len(read)} held-out digits are misread")
     right.axis("off")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
@@ -208,12 +209,13 @@ def main() -> None:
     if options.alone:
         del runs[THEIRS]
     ordered = batches(options.seed, BATCH, data.train_images, data.train_labels)
-    losses = train(step, runs, shifted(ordered, options.seed), options.steps)
+    losses = train(runs, shifted(ordered, options.seed), options.steps)
 
     trained, _, average = runs[OURS]
     read = lambda model: np.asarray(digits(model, data.test_images))  # noqa: E731
     accuracy = lambda model: float(np.mean(read(model) == data.test_labels))  # noqa: E731
     baseline = "a support vector machine"
+    print(f"fitting {baseline} to the same digits", flush=True)
     report("held-out accuracy", accuracy(average), baseline, support_vectors(data))
     print(f"with the last weights, not their average: {accuracy(evaluated(trained)):.4g}")
     if not options.alone:

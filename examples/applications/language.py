@@ -8,31 +8,40 @@ The last tenth of the text is held out. GPT predicts the next character, BERT fi
 one. Both have to beat a trigram model of the same text.
 """
 
+from collections.abc import Iterable
 from functools import partial
 
 import application
+import characters
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from application import OURS, STYLES, THEIRS, batches, plt, report
-from characters import (
-    MASK,
-    masked,
-    next_characters,
-    paragraphs,
-    trigram,
-    trigram_accuracy,
-    trigram_bits,
-)
+from application import batches, report
+from drawing import OURS, STYLES, THEIRS, plt, save
 from flax import nnx
 from numpy.lib.stride_tricks import sliding_window_view as windows
 
 import adam_jax
 from adam_jax import storage
 
-CONTEXT, NEAR, WIDTH, HEADS, LAYERS = 64, 5, 96, 4, 2
-BATCH, LEARNING_RATE, B2, WEIGHT_DECAY = 16, 6e-3, 0.99, 0.01
+LEARNING_RATE = 6e-3
+
+
+def optimizers(steps: int) -> dict[str, optax.GradientTransformation]:
+    """AdamW in 8 bits for weights in bfloat16, and optax's for weights in float32."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
+    ours = optax.chain(
+        adam_jax.scale_by_moments(b2=0.99, mu_storage=storage.int8(), nu_storage=storage.int8()),
+        adam_jax.bias_correct(),
+        optax.add_decayed_weights(0.01),
+        adam_jax.scale_by_lr(rate),
+        adam_jax.compensate("int8"),  # keeps what rounding takes from the weights
+    )
+    return {OURS: ours, THEIRS: optax.adamw(rate, b2=0.99, weight_decay=0.01)}
+
+
+BATCH, CONTEXT, NEAR, WIDTH, HEADS, LAYERS = 16, 64, 5, 96, 4, 2
 
 # --- Model ----------------------------------------------------------------------------------------
 
@@ -92,6 +101,20 @@ def bits(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.where(targets >= 0, nats, 0.0) / np.float32(np.log(2))
 
 
+# --- The step and the loop ------------------------------------------------------------------------
+
+
+def make_runs(model: Transformer, steps: int) -> dict[str, tuple[Transformer, nnx.Optimizer]]:
+    """The model with our chain, and in float32 with optax's optimizer."""
+    graph, weights = nnx.split(model)
+    wide = nnx.merge(graph, jax.tree.map(lambda weight: weight.astype(jnp.float32), weights))
+    runs = {}
+    for own, (name, tx) in zip((model, wide), optimizers(steps).items(), strict=True):
+        made = nnx.jit(partial(nnx.Optimizer, tx=tx, wrt=nnx.Param))  # else compiled leaf by leaf
+        runs[name] = own, made(own)
+    return runs
+
+
 @nnx.jit
 def step(model: Transformer, optimizer: nnx.Optimizer, text, targets) -> jax.Array:
     def loss(model):
@@ -100,6 +123,18 @@ def step(model: Transformer, optimizer: nnx.Optimizer, text, targets) -> jax.Arr
     value, grads = nnx.value_and_grad(loss)(model)
     optimizer.update(model, grads)
     return value
+
+
+def train(runs: dict[str, tuple], data: Iterable[tuple], steps: int) -> dict[str, list]:
+    """Model and optimizer of each run change in place; the losses are returned."""
+    losses = {name: [] for name in runs}
+    for batch in application.progress(data, steps, losses):
+        for name, run in runs.items():
+            losses[name].append(step(*run, *batch))
+    return losses
+
+
+# --- Held-out text --------------------------------------------------------------------------------
 
 
 @nnx.jit
@@ -118,28 +153,6 @@ def continued(model: Transformer, text: jax.Array, keys: jax.Array) -> jax.Array
         return jnp.append(text[1:], drawn), drawn
 
     return jax.lax.scan(follow, text, keys)[1]
-
-
-def make_runs(model: Transformer, steps: int) -> dict[str, tuple[Transformer, nnx.Optimizer]]:
-    """The model with our chain, and in float32 with optax's optimizer."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 20, steps)
-    eight_bits = storage.int8()
-    ours = optax.chain(
-        adam_jax.scale_by_moments(b2=B2, mu_storage=eight_bits, nu_storage=eight_bits),
-        adam_jax.bias_correct(),
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        adam_jax.scale_by_lr(rate),
-        adam_jax.compensate("int8"),
-    )
-    theirs = optax.adamw(rate, b2=B2, weight_decay=WEIGHT_DECAY)
-
-    def with_optimizer(model, tx):
-        made = nnx.jit(partial(nnx.Optimizer, tx=tx, wrt=nnx.Param))  # else compiled leaf by leaf
-        return model, made(model)
-
-    graph, weights = nnx.split(model)
-    wide = nnx.merge(graph, jax.tree.map(lambda weight: weight.astype(jnp.float32), weights))
-    return {OURS: with_optimizer(model, ours), THEIRS: with_optimizer(wide, theirs)}
 
 
 def nbytes(module: nnx.Module) -> int:
@@ -186,14 +199,15 @@ def main() -> None:
     options = made.parse_args()
     plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
 
-    text = paragraphs()
-    alphabet = np.array([*sorted(set(text)), MASK])
+    text = characters.paragraphs()
+    alphabet = np.array([*sorted(set(text)), characters.MASK])
     codes = {character: code for code, character in enumerate(alphabet.tolist())}
     coded = np.array([codes[character] for character in text], np.int32)
     learned, held_out = np.split(coded, [len(coded) * 9 // 10])
 
     causal, rng = options.model == "gpt", np.random.default_rng(options.seed)
-    ask = next_characters if causal else partial(masked, mask=codes[MASK], rng=rng)
+    hide = partial(characters.masked, mask=codes[characters.MASK], rng=rng)
+    ask = characters.next_characters if causal else hide
     length = CONTEXT + causal
     asked, right = ask(windows(held_out, length)[::CONTEXT])
     data = (ask(pieces) for (pieces,) in batches(options.seed, BATCH, windows(learned, length)))
@@ -203,15 +217,15 @@ def main() -> None:
     for name, (model, optimizer) in runs.items():
         print(f"{name}: {nbytes(model):,} bytes of weights, {nbytes(optimizer):,} of state")
     runs = {OURS: runs[OURS]} if options.alone else runs
-    losses = application.train(step, runs, data, options.steps)
+    losses = train(runs, data, options.steps)
 
     ratios = (1, 1) if causal else (1, 2)
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained", width_ratios=ratios)
     application.draw_losses(axes[0], losses, "bits per character")
     found = {name: answers(model, asked, right) for name, (model, _) in runs.items()}
-    baseline = trigram(learned, len(alphabet))
+    baseline = characters.trigram(learned, len(alphabet))
     if causal:
-        of_trigram = trigram_bits(baseline, held_out)
+        of_trigram = characters.trigram_bits(baseline, held_out)
         costs = {name: np.asarray(cost) for name, (_, cost) in found.items()}
         for name, cost in costs.items():
             report(f"{name}: bits per character", cost.mean(), "a trigram model", of_trigram, min)
@@ -221,7 +235,7 @@ def main() -> None:
         print(f"\nAfter\n\n{''.join(alphabet[held_out[:CONTEXT]])}\n\nit writes\n")
         print("".join(alphabet[written]))
     else:
-        of_trigram, hidden = trigram_accuracy(baseline, held_out), right >= 0
+        of_trigram, hidden = characters.trigram_accuracy(baseline, held_out), right >= 0
         for name, (guess, _) in found.items():
             accuracy = np.mean(np.asarray(guess)[hidden] == right[hidden])
             report(f"{name}: filled in rightly", accuracy, "a trigram model", of_trigram)
@@ -230,8 +244,7 @@ def main() -> None:
         filled = np.where(hidden, found[OURS][0], asked)
         shown = np.where(alphabet == "\n", "↵", alphabet)
         draw_filled(axes[1], shown[filled[lines]], shown[truth[lines]], hidden[lines])
-    figure.savefig(plot, dpi=90)
-    plt.close(figure)
+    save(figure, plot)
     print(f"losses and held-out text: {plot}")
 
 

@@ -22,14 +22,39 @@ from typing import NamedTuple
 import application
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import ratings
-from application import OURS, THEIRS
+from drawing import COLORS, OURS, STYLES, THEIRS, plt, save
 from flax import nnx
 
 import adam_jax
+
+PARTS = {
+    "factors": ["user_factors", "item_factors"],
+    "bias": ["user_bias", "item_bias"],
+    "embedding": ["user_embedding", "item_embedding", "group_embedding", "genre_embedding"],
+    "network": ["hidden", "last", "output"],
+}
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
+
+
+def optimizer(model: str, adamw: Callable, lazy: Callable) -> optax.GradientTransformation:
+    """Lazy tables, each kind with its weight decay; of the network all rows have gradients."""
+    if model == "factors":
+        chains = {
+            "factors": lazy(adamw(3e-3, weight_decay=0.8)),
+            "bias": lazy(adamw(3e-3, weight_decay=0.1)),
+        }
+    else:
+        chains = {
+            "factors": lazy(adamw(1e-3, weight_decay=1.0)),
+            "embedding": lazy(adamw(1e-3, weight_decay=1.0)),
+            "network": adamw(1e-3, weight_decay=0.01),
+        }
+    part = lambda path, _: PART_OF[path[0].key]  # noqa: E731
+    return optax.partition(chains, lambda params: jax.tree_util.tree_map_with_path(part, params))
+
 
 WIDTH, BATCH, NEGATIVES, OTHERS, BEST = 16, 256, 4, 99, 10
 
@@ -85,27 +110,6 @@ class Neural(nnx.Module):
         ]
         x = nnx.relu(self.last(nnx.relu(self.hidden(jnp.concatenate(x, axis=-1)))))
         return self.output(jnp.concatenate([product, x], axis=-1))[..., 0]
-
-
-def optimizer(model: str, adamw: Callable, lazy: Callable) -> optax.GradientTransformation:
-    """Lazy tables, each kind with its weight decay; of the network all rows have gradients."""
-    if model == "factors":
-        chains = {
-            "factors": lazy(adamw(3e-3, weight_decay=0.8)),
-            "bias": lazy(adamw(3e-3, weight_decay=0.1)),
-        }
-    else:
-        chains = {
-            "factors": lazy(adamw(1e-3, weight_decay=1.0)),
-            "embedding": lazy(adamw(1e-3, weight_decay=1.0)),
-            "network": adamw(1e-3, weight_decay=0.01),
-        }
-
-    def kind(path, _):
-        name = jax.tree_util.keystr(path[:1])
-        return next((kind for kind in chains if kind in name), "network")
-
-    return optax.partition(chains, lambda params: jax.tree_util.tree_map_with_path(kind, params))
 
 
 # --- Two tasks ------------------------------------------------------------------------------------
@@ -184,8 +188,8 @@ def predicted(model, users, items):
     return model(users, items)
 
 
-def train(task: Task, model: str, steps: int, alone: bool) -> tuple[dict, dict]:
-    """The losses of each run, and its value of every case that was held out."""
+def train(task: Task, model: str, steps: int, alone: bool) -> tuple[dict, dict, dict]:
+    """Of each run the losses, the metric by step, and its value of every case held out."""
 
     @nnx.jit
     def step(model, optimizer, users, items, due):
@@ -201,29 +205,43 @@ def train(task: Task, model: str, steps: int, alone: bool) -> tuple[dict, dict]:
     for name, tx in chains.items():
         copy = nnx.clone(task.model)
         runs[name] = copy, nnx.Optimizer(copy, tx, wrt=nnx.Param)
-    losses = application.train(step, runs, task.batches, steps)
-    return losses, {name: task.values(trained) for name, (trained, _) in runs.items()}
+    losses, metrics = {name: [] for name in runs}, {name: {} for name in runs}
+    for number, batch in enumerate(application.progress(task.batches, steps, losses), 1):
+        for name, (trained, its_optimizer) in runs.items():
+            losses[name].append(step(trained, its_optimizer, *batch))
+            if number % max(1, steps // 20) == 0:
+                metrics[name][number] = task.metric(task.values(trained))
+    return losses, metrics, {name: task.values(trained) for name, (trained, _) in runs.items()}
 
 
-def draw(task: Task, losses: dict, values: dict, path: Path) -> None:
-    """Left the losses; right the metric where items have few ratings, and where they have many."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+def draw(task: Task, losses: dict, metrics: dict, values: dict, path: Path) -> None:
+    """The losses; the metric by step; at the end, where items have few ratings and many."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     loss, metric, baseline = task.names
     application.draw_losses(left, losses, loss)
-    parts = np.array_split(np.argsort(task.counts, kind="stable"), 4)
-    colors = {OURS: "#d55e00", THEIRS: "black", baseline: "#b8b8b8"}
+    for name, by_step in metrics.items():
+        middle.plot(by_step.keys(), by_step.values(), **STYLES[name])
+    middle.axhline(task.metric(task.baseline), color="0.6", linestyle=":", label=baseline)
+    middle.set(title=f"{metric} in training", xlabel="step")
+    middle.grid(alpha=0.3)
+    middle.legend()
+    parts, highest = np.array_split(np.argsort(task.counts, kind="stable"), 4), 0.0
+    colors = {OURS: COLORS["Adam"], THEIRS: "black", baseline: "#b8b8b8"}
     for number, (name, of_cases) in enumerate({**values, baseline: task.baseline}.items()):
         heights = [task.metric(of_cases[part]) for part in parts]
-        right.bar(np.arange(4) + 0.27 * number, heights, 0.25, label=name, color=colors[name])
+        places = np.arange(4) + 0.27 * number
+        bars = right.bar(places, heights, 0.25, label=name, color=colors[name])
+        right.bar_label(bars, fmt="%.2f", fontsize=7)
+        highest = max(highest, *heights)
     ranges = [f"{task.counts[part].min()} to {task.counts[part].max()}" for part in parts]
     right.set_xticks(np.arange(4) + 0.135 * len(values), ranges)
-    right.set(title=metric, xlabel="ratings of the item, a quarter of the cases each")
+    right.set_yticks(np.arange(0, highest + 0.01, 0.2))
+    right.set(title="At the end", ylabel=metric)
+    right.set(xlabel="ratings of the item, a quarter of the cases each", ylim=(0, 1.25 * highest))
     right.grid(alpha=0.3, axis="y")
     right.set_axisbelow(True)
-    right.margins(y=0.2)  # for the legend
     right.legend(ncols=3, loc="upper center", fontsize="small")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
@@ -239,13 +257,13 @@ def main() -> None:
     source = directory or "made from known factors"
     print(f"{len(data.ratings)} ratings of {len(data.groups)} users: {source}")
     task = TASKS[options.model](data, options.seed)
-    losses, values = train(task, options.model, options.steps, options.alone)
+    losses, metrics, values = train(task, options.model, options.steps, options.alone)
     _, metric, baseline = task.names
     for name, of_cases in values.items():
         found, due = task.metric(of_cases), task.metric(task.baseline)
         application.report(f"{name}: {metric}", found, baseline, due, task.better)
     plot = options.plot.with_name(options.plot.name.replace("MODEL", options.model))
-    draw(task, losses, values, plot)
+    draw(task, losses, metrics, values, plot)
     print(f"losses, and {metric} for rare and frequent items: {plot}")
 
 

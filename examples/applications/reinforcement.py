@@ -22,10 +22,8 @@ from pathlib import Path
 import application
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from application import OURS, STYLES, THEIRS
 from cartpole import (
     ACTIONS,
     DISCOUNT,
@@ -38,10 +36,25 @@ from cartpole import (
     evaluate,
 )
 from commandline import hardware, positive
+from drawing import OURS, STYLES, THEIRS, plt, save
 from flax import nnx
 from tqdm import tqdm
 
 import adam_jax
+
+
+def chain(adam, learning_rate: float) -> optax.GradientTransformation:
+    """The learning rate is a number in the state, which a program may change between steps.
+
+    The others stay constants. Decay rates in the state might change too, and adam_jax corrects the
+    moments for that, in other arithmetic than optax: the weights would agree to 1e-7, not bitwise.
+    """
+    inject = optax.inject_hyperparams(
+        adam, static_args=("b1", "b2", "eps", "eps_root"), hyperparam_dtype=jnp.float32
+    )
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), inject(learning_rate=learning_rate))
+    return optax.apply_if_finite(clipped, max_consecutive_errors=10)
+
 
 ENVIRONMENTS, STEPS = 8, 160_000  # STEPS are those of all environments together
 LEARNING_RATE = {"dqn": 5e-4, "a3c": 1e-3}
@@ -74,19 +87,6 @@ class ActorCritic(Network):
     def __init__(self, outputs: int, rngs: nnx.Rngs):
         super().__init__(outputs, rngs)
         self.critic = Network(1, rngs)
-
-
-def chain(adam, learning_rate: float) -> optax.GradientTransformation:
-    """The learning rate is a number in the state, which a program may change between steps.
-
-    The others stay constants. Decay rates in the state might change too, and adam_jax corrects the
-    moments for that, in other arithmetic than optax: the weights would agree to 1e-7, not bitwise.
-    """
-    inject = optax.inject_hyperparams(
-        adam, static_args=("b1", "b2", "eps", "eps_root"), hyperparam_dtype=jnp.float32
-    )
-    clipped = optax.chain(optax.clip_by_global_norm(1.0), inject(learning_rate=learning_rate))
-    return optax.apply_if_finite(clipped, max_consecutive_errors=10)
 
 
 @cache
@@ -275,7 +275,10 @@ def train(name: str, adam, options: argparse.Namespace) -> Learner:
     return learner
 
 
-def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) -> None:
+def draw(
+    algorithm: str, runs: dict[str, Learner], reached: float, baselines: dict, path: Path
+) -> None:
+    """Returns, rates and policy; `reached` is what the greedy policy returns at the end."""
     figure = plt.figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subfigures(1, 2)
     above, below = left.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -286,12 +289,14 @@ def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) 
         below.plot(steps / 1000, rates, **STYLES[name])
     for (name, value), style in zip(baselines.items(), (":", "-."), strict=True):
         above.axhline(value, label=name, color="0.4", linestyle=style, linewidth=1)
-    above.set(title="Return, mean of 20 episodes", ylabel="return", ylim=(0, 1.04 * HIGHEST))
+    played = "some actions random" if algorithm == "dqn" else "actions drawn from the policy"
+    title = f"Mean of 20 returns in training, {played};\n{reached:.4g} by the greedy policy"
+    above.set(ylabel="return", ylim=(0, 1.04 * HIGHEST))
+    above.set_title(f"{title} at the end", fontsize="medium")
     above.legend(loc="lower right")
     highest = LEARNING_RATE[algorithm]
     below.set(yscale="log", ylim=(highest / 120, highest * 1.2))
     below.set(xlabel="thousand steps", ylabel="learning rate")
-    below.yaxis.set_major_formatter("{x:g}")
     for axes in (above, below):
         axes.grid(alpha=0.3)
 
@@ -313,8 +318,7 @@ def draw(algorithm: str, runs: dict[str, Learner], baselines: dict, path: Path) 
     axes.set(title=title, xlabel="angle, rad", ylabel="angular velocity, rad/s")
     axes.set_xticks(angle[::20])
     axes.legend(loc="upper right", facecolor="0.3", labelcolor="white", framealpha=1)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
@@ -352,7 +356,7 @@ def main() -> None:
         apart = application.difference(ours.model, runs[THEIRS].model)
         returned = evaluate(runs[THEIRS].greedy)
         print(f"with optax.adam {returned:.4g}; largest difference of a weight {apart:g}")
-    draw(options.algorithm, runs, baselines, plot)
+    draw(options.algorithm, runs, reached, baselines, plot)
     print(f"returns, learning rates and policy: {plot}")
 
 

@@ -4,7 +4,6 @@ import re
 import sys
 from functools import partial
 
-import application
 import boxes
 import detection
 import digits_on_canvas
@@ -252,13 +251,14 @@ def test_the_partition_is_that_of_optax():
 
 @pytest.mark.parametrize(("model", "options"), [("yolo", []), ("faster_rcnn", ["--alone"])])
 def test_detection(model, options, digits, tmp_path, monkeypatch, capsys):
-    train, losses = application.train, {}
+    train, losses = detection.train, {}
 
     def kept(*arguments):
-        losses.update(train(*arguments))
-        return losses
+        trained = train(*arguments)
+        losses.update({name: np.stack(of_steps) for name, of_steps in trained.items()})
+        return trained
 
-    monkeypatch.setattr(application, "train", kept)
+    monkeypatch.setattr(detection, "train", kept)
     monkeypatch.setattr(detection, "shipped_digits", lambda: digits)
     monkeypatch.setattr(detection, "BATCH", 4)
     monkeypatch.setattr(detection, "TRAINING", 16)
