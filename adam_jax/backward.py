@@ -378,7 +378,8 @@ def value_and_step(
     Raises:
       ValueError: when the step is traced, if the loss does not scan the layers, or not all of them,
         or twice; or if a chain needs the gradients of several leaves at once, naming the stage. In
-        the place of `optax.clip_by_global_norm` take `adam_jax.backward.clip_by_previous_norm`.
+        the place of `optax.clip_by_global_norm` take `adam_jax.backward.clip_by_previous_norm`. Or
+        if the moments of layers lie on the host, by `storage.on_host`.
       TypeError: if the loss reads the layers elsewhere, which are `LayerOutsideOfScan` there.
 
     Example:
@@ -408,6 +409,13 @@ def value_and_step(
         number = _layers("adam_jax.backward", layers)
         weights, structure = jax.tree.flatten(layers)
         layers_state = _for_all(state.layers, number)
+        kept = jax.make_jaxpr(layer_tx.init)(_row(layers)).out_avals
+        if any(aval.memory_space == jax.memory.Space.Host for aval in kept):
+            raise ValueError(
+                "adam_jax.backward cannot step what storage.on_host keeps: XLA moves a "
+                "whole array between host and device, not a row. Keep the moments of the layers on "
+                "the device, in layers_tx."
+            )
         call = _Call()
         marks = jax.tree.unflatten(
             structure, [LayerOutsideOfScan(call, n) for n in range(len(weights))]

@@ -25,7 +25,7 @@ def state_shardings(
     that the mesh does not divide is replicated, and so are counts, weights, and all that belongs to
     no parameter. An axis that was dropped or added is found by the lengths of the others; where
     that has two answers, as for the rows of a square matrix in `optax.adafactor`, it is replicated
-    too.
+    too. What `storage.on_host` keeps gets shardings of pinned host memory.
 
     With `zero` the state of a parameter that is not sharded over that axis of the mesh is sharded
     over it, all parts of it along one axis of the parameter: the one that leaves the fewest bytes
@@ -91,7 +91,7 @@ def state_shardings(
     if zero is not None and zero not in mesh.axis_names:
         raise ValueError(f"zero must be an axis of the mesh, {mesh.axis_names}, got {zero!r}.")
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    state = jax.eval_shape(tx.init, shapes)
+    jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(shapes)
     owner_of = owners(state, shapes)
     if zero is not None:
         parts: list[list[Any]] = [[] for _ in layouts]
@@ -104,10 +104,13 @@ def state_shardings(
         ]
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def sharding(part, owner):
-        return replicated if owner == NONE else beside(part.shape, *layouts[owner])
+    def sharding(part, owner, aval):
+        found = replicated if owner == NONE else beside(part.shape, *layouts[owner])
+        on_host = aval.memory_space == jax.memory.Space.Host  # of `storage.on_host`
+        return found.with_memory_kind("pinned_host") if on_host else found
 
-    return jax.tree.map(sharding, state, owner_of)
+    avals = jax.tree.unflatten(jax.tree.structure(state), jaxpr.out_avals)
+    return jax.tree.map(sharding, state, owner_of, avals)
 
 
 def beside(

@@ -367,6 +367,8 @@ def test_a_chain_that_needs_all_gradients_is_refused_by_name(where):
 
 
 def test_a_loss_that_does_not_scan_the_layers():
+    host = adam_jax.adam(1e-2, mu_storage=adam_jax.storage.on_host(jnp.bfloat16))
+    check_refused("storage.on_host layers_tx", tx=host)
     check_refused("scan layers", lambda params, layers, tokens: jnp.sum(params["embedding"]))
 
 

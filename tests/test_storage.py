@@ -97,6 +97,40 @@ def shapes_of(tree):
     return jax.tree.map(lambda leaf: (*leaf.shape, str(leaf.dtype)), tree)
 
 
+# --- On the host ----------------------------------------------------------------------------------
+
+INNER = {"float32": None, "bfloat16": jnp.bfloat16, "int8": storage.int8()}
+
+
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+@pytest.mark.parametrize("jit", [jax.jit, lambda fn: fn], ids=["jit", "no jit"])
+def test_on_the_host_it_is_the_inner_storage(inner, jit):
+    """The same weights and state, and a state of one goes on in the other."""
+    here = kept_by(inner)
+    there = adam_jax.adamw(1e-2, **keeping(storage.on_host(inner)))
+    due = trained(jit(here.init), jit(here.update), few())
+    found = trained(jit(there.init), jit(there.update), few())
+    jax.tree.map(np.testing.assert_array_equal, found, due)
+    restored = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), found[1])  # to the device
+    for state, tx in ((due[1], there), (restored, here)):
+        updates, _ = jit(tx.update)(few(9), state, due[0])
+        jax.tree.map(
+            np.testing.assert_array_equal, updates, jit(here.update)(few(9), due[1], due[0])[0]
+        )
+
+
+def test_what_lies_on_the_host():
+    """Large leaves, as the type of a state says; small ones stay."""
+    tx = adam_jax.adamw(1e-2, **keeping(storage.on_host(storage.int8())))
+    params = jax.device_put(few(), NamedSharding(mesh_of(x=1), PartitionSpec()))
+    codes, scales, whole = adam_jax.state_shardings(tx, params)[0].mu
+    kinds = [each["kernel"].memory_kind for each in (codes, scales)]
+    assert kinds == ["pinned_host", "pinned_host"]
+    assert whole["bias"].memory_kind != "pinned_host"
+    with refused(ValueError, "inner"):
+        storage.on_host("codes")
+
+
 # --- Memory ---------------------------------------------------------------------------------------
 
 

@@ -8,10 +8,12 @@ before it is saved; what is lost in between is what the storage is made of:
     int8, int4      as codes of 8 or 4 bits in blocks that share a scale
     factored        the row and column means of the second moment (Adafactor)
     block_mean      one second moment per block (Adam-mini)
+    on_host         as another storage, in the memory of the host
 """
 
 from adam_jax.storage._casts import cast, stochastic
 from adam_jax.storage._codes import Blocks, int4, int8
+from adam_jax.storage._host import on_host
 from adam_jax.storage._means import Factors, block_mean, factored, transformer_blocks
 from adam_jax.storage._protocol import Leaf, Storage, is_large
 from adam_jax.storage._report import report
@@ -29,5 +31,6 @@ __all__ = [
     "Factors",
     "block_mean",
     "transformer_blocks",
+    "on_host",
     "report",
 ]
