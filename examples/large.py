@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from commandline import hardware, new_file, positive
+from drawing import plt, save
 from tqdm import tqdm
 from transformer import language_reference
 
@@ -29,9 +29,6 @@ from adam_jax import backward, storage
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))  # where the devices are described
 import accelerators
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # 2 bytes of weight, 1 of what bfloat16 rounds off, and two moments of 1.06: 5.13 a parameter.
 EIGHT_BITS = optax.chain(
@@ -229,13 +226,14 @@ def draw(rows: list[Row], device: str, limit: float, path: Path) -> None:
         axes.barh(names, sizes, left=left, color=color, label=labels.get(part, part))
         left += sizes
     for place, total in enumerate(left):
-        axes.text(total + 1, place, f"{total:.0f} GB", va="center", fontsize=9)
+        near = total < limit < 1.25 * total  # where the line would cross the text
+        at, side = (total - 1, "right") if near else (total + 1, "left")
+        axes.text(at, place, f"{total:.0f} GB", va="center", ha=side, fontsize=9)
     axes.axvline(limit, color="black", lw=1.2, ls="--", label=f"{limit:.0f} GB, one {device}")
     axes.set(xlabel="GB that a training step needs", xlim=(0, 1.12 * left.max()))
     axes.invert_yaxis()
-    axes.legend(loc="lower right", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    axes.legend(loc="upper right", fontsize=9)
+    save(figure, path)
 
 
 # --- A small one, for real ------------------------------------------------------------------------

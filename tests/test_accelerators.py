@@ -18,6 +18,7 @@ import sys
 import accelerators
 import jax
 import jax.numpy as jnp
+import large
 import numpy as np
 import optax
 import pytest
@@ -618,6 +619,15 @@ def test_a_state_on_the_host(name, kept, temporaries):
     assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes
     assert memory.argument_size_in_bytes / size == pytest.approx(8, abs=0.1)
     assert memory.temp_size_in_bytes / size < temporaries
+
+
+def test_thirteen_billion_parameters_on_one_gpu():
+    """Weights, gradients, Adam's state and activations of `examples/large.py`, in 80 GB."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        row = large.measured("13b", large.OURS, "h100", batch=1, length=2048)
+    assert row.parameters > 13e9
+    assert (row.weights + row.state) / row.parameters == pytest.approx(5.13, abs=0.01)
+    assert row.total < 72e9
 
 
 def test_the_benchmark(tmp_path, monkeypatch, capsys):
