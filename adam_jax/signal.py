@@ -54,6 +54,13 @@ class Moments(NamedTuple):
     nu: Average | None
     rounded: Any = None
 
+    def __radd__(self, other: Any) -> Any:
+        """Parameters plus `Moments`, as `optax.apply_updates` adds what a chain ends in."""
+        raise TypeError(
+            "This chain ends in Moments, which are no updates: a stage that divides them is missing, "
+            "such as adam_jax.bias_correct(), and adam_jax.scale_by_lr(…) after it."
+        )
+
     def kept_mu(self) -> Average:
         """The first moment, which a chain without a `b1` does not have."""
         if self.mu.previous is None:

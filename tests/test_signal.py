@@ -628,3 +628,10 @@ def test_every_counter_is_called_count(name):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             assert path[-1] == jax.tree_util.GetAttrKey("count")
+
+
+def test_a_chain_that_ends_in_moments_says_so():
+    tx, params = adam_jax.scale_by_moments(), {"w": jnp.ones(3)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    with refused(TypeError, "Moments adam_jax.bias_correct() adam_jax.scale_by_lr"):
+        optax.apply_updates(params, updates)
