@@ -57,8 +57,8 @@ class Moments(NamedTuple):
     def __radd__(self, other: Any) -> Any:
         """Parameters plus `Moments`, as `optax.apply_updates` adds what a chain ends in."""
         raise TypeError(
-            "This chain ends in Moments, which are no updates: a stage that divides them is missing, "
-            "such as adam_jax.bias_correct(), and adam_jax.scale_by_lr(…) after it."
+            "This chain ends in Moments, which are no updates. A stage that divides them is "
+            "missing, such as adam_jax.bias_correct(), and adam_jax.scale_by_lr(…) after it."
         )
 
     def kept_mu(self) -> Average:

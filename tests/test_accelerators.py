@@ -719,6 +719,45 @@ def test_zero_on_sixteen_tpus():
     assert collectives(step) == {"all-reduce": elements, "all-gather": elements}
 
 
+def test_low_bits_on_the_wire():
+    """Sixteen chips gather new weights in bfloat16, 2 bytes a parameter, and no moments."""
+    accelerators.device("v5e")
+    chips = topologies.get_topology_desc("v5e:4x4", "tpu").devices
+    mesh = Mesh(np.array(chips), "data", axis_types=(AxisType.Auto,))
+    everywhere, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    shapes = {"kernel": (4096, 512), "head": (512, 2048)}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=everywhere)
+        for name, shape in shapes.items()
+    }
+    tx = FUSED["8-bit, compensated"][0]
+
+    def step(params, state, x):
+        def loss(params):
+            return jnp.sum(jnp.tanh(x @ params["kernel"]) @ params["head"])
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    shardings = adam_jax.state_shardings(tx, params, zero="data")
+    state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(tx.init, params),
+        shardings,
+    )
+    x = jax.ShapeDtypeStruct((256, 4096), "bfloat16", sharding=rows)
+    out = jax.tree.map(lambda p: p.sharding, params), shardings
+    with jax.numpy_dtype_promotion("standard"):  # as in optax's schedule
+        text = jax.jit(step, out_shardings=out).lower(params, state, x).compile().as_text()
+    moved = re.findall(r" = (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
+    found = [
+        (kind, lengths)
+        for shape in moved
+        for kind, lengths in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    ]
+    assert sorted(found) == [("bf16", "4096,512"), ("bf16", "512,2048")]
+
+
 def collectives(compiled):
     """How many elements the collectives of each kind give to a device."""
     elements = collections.Counter()
