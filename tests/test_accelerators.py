@@ -734,7 +734,7 @@ def test_low_bits_on_the_wire():
 
     def step(params, state, x):
         def loss(params):
-            return jnp.sum(jnp.tanh(x @ params["kernel"]) @ params["head"])
+            return jnp.mean(jnp.square(jnp.tanh(x @ params["kernel"]) @ params["head"]))
 
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
