@@ -153,7 +153,7 @@ def colors(source):
 
 
 def test_one_optimizer_has_one_colour_everywhere():
-    everywhere = colors((ROOT / "examples" / "compare.py").read_text())
+    everywhere = colors((ROOT / "examples" / "drawing.py").read_text())
     assert len(everywhere) == 7
     assert everywhere == colors((COURSE / "course_helpers.py").read_text(encoding="utf-8"))
 
