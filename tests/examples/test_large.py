@@ -42,14 +42,14 @@ def test_attention_in_pieces_is_attention():
 
 
 def test_the_step_in_the_backward_pass_is_the_plain_one():
-    shape, tx = large.SHAPES["small"], adam_jax.adam(1e-2)
+    shape, tx = large.SHAPES["small"], adam_jax.sgd(1e-2)  # Adam would make a last digit a step
     params, layers = large.start(shape, "float32", jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, shape.vocabulary)
     found = []
     for make in (large.plain_step, large.our_step):
         step, init = make(shape, tx)
         found.append(jax.jit(step)(params, layers, init(params, layers), tokens)[:3])
-    assert_close(*found, "contracted")
+    assert_close(*found, "layer")
 
 
 def test_run(capsys):
