@@ -352,10 +352,11 @@ def value_and_step(
     until the layer is stepped, so for the layers the step needs no memory besides weights and
     state, which it writes in place if they are donated, but for a layer or two.
 
-    Compiled, 12 layers of two 1024 × 1024 matrices, bytes a parameter that the step needs in all:
-    with float32 and `adam` 13.0 on an H100 and 12.0 on a v5e, where all gradients at once need 16.4
-    and 16.1; with bfloat16, `compensate("int8")` and moments in 8 bits 6.1 and 5.2, not 7.6 and
-    12.3. XLA's CPU backend copies the weights and the state.
+    Compiled with jax 0.12, 12 layers of two 1024 × 1024 matrices, bytes a parameter that the step
+    needs in all: with float32 and `adam` 13.2 on an H100 and 12.1 on a v5e, where all gradients at
+    once need 16.5 and 18.1; with bfloat16, `compensate("int8")` and moments in 8 bits 6.0 and 5.2,
+    not 7.5 and 5.9 (`pytest tests/test_accelerators.py -k keeps_no_gradients`).
+    XLA's CPU backend copies the weights and the state.
 
     Args:
       loss: `(params, layers, *args) -> value`, a real scalar. It calls `adam_jax.backward.scan`
@@ -412,9 +413,8 @@ def value_and_step(
         kept = jax.make_jaxpr(layer_tx.init)(_row(layers)).out_avals
         if any(aval.memory_space == jax.memory.Space.Host for aval in kept):
             raise ValueError(
-                "adam_jax.backward cannot step what storage.on_host keeps: XLA moves a "
-                "whole array between host and device, not a row. Keep the moments of the layers on "
-                "the device, in layers_tx."
+                "adam_jax.backward does not step what storage.on_host keeps. Keep the moments of "
+                "the layers on the device, in layers_tx."
             )
         call = _Call()
         marks = jax.tree.unflatten(
