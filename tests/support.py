@@ -84,8 +84,10 @@ TOLERANCES = {
 
 
 # jax.jit as a user has it, where conftest.py told XLA to compile quickly.
-QUICK = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
-DEFAULTS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+QUICK = "optimization_level=0" in os.environ.get("XLA_FLAGS", "")
+DEFAULTS: dict = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+    DEFAULTS["xla_cpu_use_fusion_emitters"] = True
 user_jit = partial(jax.jit, compiler_options=DEFAULTS if QUICK else None)
 
 
