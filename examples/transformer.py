@@ -11,12 +11,13 @@ CONTEXT, WIDTH, HEADS, LAYERS = 64, 128, 2, 5
 
 
 class Block(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs):
-        self.before_attention = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
-        self.before_mlp = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
-        self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
+    def __init__(self, rngs: nnx.Rngs, width: int | None = None):
+        width = width or WIDTH
+        self.before_attention = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(HEADS, width, decode=False, rngs=rngs)
+        self.before_mlp = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x):
         mask = nnx.make_causal_mask(x[..., 0])
@@ -27,12 +28,15 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """A character model: token and position embeddings, blocks, a linear read-out."""
 
-    def __init__(self, vocabulary: int, rngs: nnx.Rngs):
-        self.token_embedding = nnx.Embed(vocabulary, WIDTH, rngs=rngs)
-        self.position_embedding = nnx.Embed(CONTEXT, WIDTH, rngs=rngs)
-        self.blocks = nnx.Sequential(*(Block(rngs) for _ in range(LAYERS)))
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.output = nnx.Linear(WIDTH, vocabulary, rngs=rngs)
+    def __init__(
+        self, vocabulary: int, rngs: nnx.Rngs, width: int | None = None, layers: int | None = None
+    ):
+        width, layers = width or WIDTH, layers or LAYERS
+        self.token_embedding = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.position_embedding = nnx.Embed(CONTEXT, width, rngs=rngs)
+        self.blocks = nnx.Sequential(*(Block(rngs, width) for _ in range(layers)))
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.output = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens):
         x = self.token_embedding(tokens) + self.position_embedding(jnp.arange(CONTEXT))[None]

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-# Nearly all of the suite's time is XLA compiling, and this way it compiles in half of the time. What
+# Nearly all of the suite's time is XLA compiling, and this way it compiles twice as fast. What
 # holds only for the code that a user gets is compiled with `support.user_jit`, and
 # XLA_FLAGS=--xla_backend_optimization_level=3 compiles everything so, as `.ci/run` does once.
 QUICK = "--xla_backend_optimization_level=0"
