@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import transformer
 from flax import nnx
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import t as student
 from tqdm import tqdm
 
@@ -342,27 +343,34 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """A panel a problem: the means over the steps, their intervals shaded."""
+    """A panel a problem: means over the seeds, and shaded how far from float32's they may be.
+
+    What diverges leaves the panel at its upper edge, without a shade.
+    """
     problems = list(dict.fromkeys(row.problem for row in rows))
-    figure, axes = plt.subplots(
+    figure, panels = plt.subplots(
         1, len(problems), figsize=(4.2 * len(problems), 4.6), layout="constrained", squeeze=False
     )
-    for ax, problem in zip(axes[0], problems, strict=True):
+    for axes, problem in zip(panels[0], problems, strict=True):
         ours = [row for row in rows if row.problem == problem]
-        float32 = np.asarray(ours[0].mean)
+        top = 1.1 * max(ours[0].mean)
         for choice, row in zip(CHOICES, ours, strict=True):
             mean, half = np.asarray(row.mean), np.asarray(row.half)
-            ax.plot(row.steps, mean, choice.line, color=choice.color, label=choice.name)
-            ax.fill_between(row.steps, mean - half, mean + half, color=choice.color, alpha=0.15)
-        # What diverges leaves the panel at its upper edge.
-        low, high = float32.min(), float32.max()
-        ax.set_ylim(0.9 * low, 1.2 * high)
-        ax.set_yscale("log")
-        ax.set_title(PROBLEMS[problem].title)
-        ax.set_xlabel("step")
-        ax.set_ylabel(PROBLEMS[problem].error)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+            axes.plot(row.steps, mean, choice.line, color=choice.color, label=choice.name)
+            if np.max(mean) < 2 * top:
+                axes.fill_between(
+                    row.steps, mean - half, mean + half, color=choice.color, alpha=0.15, linewidth=0
+                )
+        low = min(min(row.mean) for row in ours)
+        axes.set(
+            title=PROBLEMS[problem].title, xlabel="step", ylabel=PROBLEMS[problem].error,
+            yscale="log", ylim=(0.9 * low, top),
+        )  # fmt: skip
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(problems) + 1)
     drawing.save(figure, path)
 
 
