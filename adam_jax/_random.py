@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adam_jax.fusion._tiles import positions
+from adam_jax.fusion._tiles import column_positions, row_positions
 from adam_jax.sharding import varying_axes
 
 
@@ -25,7 +25,10 @@ def random_bits(seed: int, name: str, index: int, count: Any, like: jax.Array) -
     for part in (seed, zlib.crc32(name.encode()), index, count, *shard):
         part = part % 2**32 if isinstance(part, int) else part.astype(jnp.uint32)
         key = _hash(_sum(key, part, 0x9E3779B9))  # a constant is added, because 0 is hashed to 0
-    return _hash(positions(like) + jnp.asarray(key, jnp.uint32))
+    # The key is added to the rows first: XLA would compute these once for all leaves, and make one
+    # kernel of all leaves that read them, for which the states of all must lie in memory at once.
+    rows = row_positions(like) + jnp.asarray(key, jnp.uint32)
+    return _hash(rows + column_positions(like))
 
 
 def _hash(x: Any) -> Any:

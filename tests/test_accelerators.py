@@ -615,16 +615,16 @@ def test_the_step_in_the_backward_pass_keeps_no_gradients(name, device):
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "temporaries"), [("float32", 8, 8.1), ("int8", 2.13, 2.5)]
+    ("name", "kept", "temporaries"), [("float32", 8, 2.1), ("int8", 2.13, 0.4)]
 )
 def test_a_state_on_the_host(name, kept, temporaries):
-    """Written in place there. What a step loads of it lies on the device meanwhile."""
+    """Written in place there, leaf by leaf: one leaf or two lie on the device meanwhile."""
     inner = {"float32": None, "int8": adam_jax.storage.int8()}[name]
     there = adam_jax.storage.on_host(inner)
     tx = adam_jax.adam(1e-2, mu_storage=there, nu_storage=there)
     mesh = Mesh(np.array([accelerators.device("h100")]), "x", axis_types=(AxisType.Auto,))
     everywhere = NamedSharding(mesh, P())
-    params = [jax.ShapeDtypeStruct((1024, 1024), "float32", sharding=everywhere)] * 8
+    params = [jax.ShapeDtypeStruct((2048, 2048), "float32", sharding=everywhere)] * 8
     shardings = adam_jax.state_shardings(tx, params)
     state = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -638,7 +638,7 @@ def test_a_state_on_the_host(name, kept, temporaries):
 
     out = [everywhere] * 8, shardings
     compiled = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(params, state, params)
-    memory, size = compiled.compile().memory_analysis(), 8 * 1024**2
+    memory, size = compiled.compile().memory_analysis(), 8 * 2048**2
     assert memory.host_argument_size_in_bytes / size == pytest.approx(kept, abs=0.01)
     assert memory.host_alias_size_in_bytes == memory.host_argument_size_in_bytes
     assert memory.argument_size_in_bytes / size == pytest.approx(8, abs=0.1)

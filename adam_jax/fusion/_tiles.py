@@ -5,7 +5,8 @@ this file do not, so each is one equation of its own, whose form for a tile stan
 for a leaf. That form speaks of one element and where it is in its block, so it serves a kernel that
 has all rows of a tile at once and one that goes through them one by one:
 
-    positions           the index of every element in the leaf
+    row_positions       the index of the first element in every element's row
+    column_positions    the index of every element in its row
     largest             the largest magnitude of every block
     spread              one number per block, repeated for each of its elements
     packed, unpacked    codes of a few bits, several to a byte
@@ -154,20 +155,38 @@ OPERATIONS: dict[Primitive, TileOperation] = {}
 
 
 @Location
-def positions(like: jax.Array) -> jax.Array:
-    """The index of every element of `like` in row-major order, modulo 2**32."""
+def row_positions(like: jax.Array) -> jax.Array:
+    """The index of the first element in the row of every element, in row-major order."""
+    return _positions(like, range(like.ndim - 1))
+
+
+@row_positions.for_tile
+def _(index: Sequence[Any], shape: Sequence[int]) -> Any:
+    first = jnp.zeros_like(index[-1], jnp.uint32)
+    along = (i.astype(jnp.uint32) * _stride(shape, axis) for axis, i in enumerate(index[:-1]))
+    return functools.reduce(jnp.add, along, first)
+
+
+@Location
+def column_positions(like: jax.Array) -> jax.Array:
+    """The index of every element in its row, which is the last axis."""
+    return _positions(like, range(like.ndim)[-1:])
+
+
+@column_positions.for_tile
+def _(index: Sequence[Any], shape: Sequence[int]) -> Any:
+    return index[-1].astype(jnp.uint32)
+
+
+def _positions(like: jax.Array, axes: Sequence[int]) -> jax.Array:
+    """What these axes add to the index of every element, modulo 2**32."""
     # The zeros are sharded as `like` is. A sum of iotas alone would be replicated.
     position = jnp.zeros_like(like, jnp.uint32)
-    for axis, length in enumerate(like.shape):
+    for axis in axes:
+        length = like.shape[axis]
         along = jax.lax.broadcasted_iota(jnp.uint32, (length,), 0) * _stride(like.shape, axis)
         position = position + along.reshape([-1 if a == axis else 1 for a in range(like.ndim)])
     return position
-
-
-@positions.for_tile
-def _(index: Sequence[Any], shape: Sequence[int]) -> Any:
-    along = (i.astype(jnp.uint32) * _stride(shape, axis) for axis, i in enumerate(index))
-    return functools.reduce(jnp.add, along)
 
 
 def _stride(shape: Sequence[int], axis: int) -> np.uint32:

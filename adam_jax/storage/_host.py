@@ -17,9 +17,10 @@ def on_host(inner: StorageLike = None) -> Storage:
 
     So the state takes no memory of the device between two steps, and every step moves it there and
     back: with `int8` for both moments 4.25 bytes a parameter. Compiled for an H100, with eight
-    leaves of 1024 × 1024, it is 8.0 bytes a parameter on the host in float32 and 2.12 in 8 bits,
-    written in place; during the step it needs 8.0 and 2.4 bytes of the device (`pytest
-    tests/test_accelerators.py -k on_the_host`). So take 8 bits.
+    leaves of 2048 × 2048, it is 8.0 bytes a parameter on the host in float32 and 2.12 in 8 bits,
+    written in place; during the step it needs 2.0 and 0.33 bytes of the device (`pytest
+    tests/test_accelerators.py -k on_the_host`). That is two leaves in float32 and one in 8 bits,
+    however many there are; of leaves of 4 MB XLA moves all at once in float32. So take 8 bits.
 
     Compile `init` and the step with shardings that tell where the state lies, as
     `adam_jax.state_shardings` makes them. On a CPU a step computes what it does with `inner`; with

@@ -156,6 +156,15 @@ def _nothing(leaf: Leaf) -> jax.Array:
     return placeholder(lengths)
 
 
+def _after_host(saved: list[Any], count: Any) -> Any:
+    """The step count, but known only when what was saved on the host has left the device.
+
+    Codes are drawn with it. So they are made leaf by leaf, and of one leaf only lie on the device.
+    """
+    on_host = [x for x in saved if jax.typeof(x).memory_space == jax.memory.Space.Host]
+    return jax.lax.optimization_barrier((jnp.asarray(count), on_host))[0] if on_host else count
+
+
 # What moments start from while `from_optax` makes a state, by stage and moment, and by the path of
 # the parameter; others start as ever. An `init` takes the parameters and nothing else.
 STARTS: ContextVar[dict[tuple[str, str], dict[str, Any]]] = ContextVar("starts")
@@ -261,8 +270,13 @@ class Slot(NamedTuple):
             return saved
 
         def keep(moments):
+            saved: list[list[Any]] = []
             new = structure.flatten_up_to(moments)
-            return self._tree(list(map(save, stored, leaves, new)), structure)
+            for parts, leaf, moment in zip(stored, leaves, new, strict=True):
+                if saved:
+                    leaf = replace(leaf, count=_after_host(saved[-1], leaf.count))
+                saved.append(save(parts, leaf, moment))
+            return self._tree(saved, structure)
 
         return structure.unflatten(map(load, stored, leaves)), keep
 
