@@ -36,6 +36,16 @@ def on_tile(equation: Equation, inputs: list[Any]) -> Any:
     return result if result.dtype == bool else result.astype(equation.outputs[0].dtype)
 
 
+def with_own(equations: list[Equation], known: dict[Value, Any]) -> dict[Value, Any]:
+    """Scalars, and what a kernel's own equations make of them: `Kernel.own`."""
+    known = dict(known)
+    for equation in equations:
+        inputs = [known[x] if isinstance(x, Value) else x for x in equation.inputs]
+        repeated = equation.primitive.name == "broadcast_in_dim"  # one number stands for all
+        known[equation.outputs[0]] = inputs[0] if repeated else on_tile(equation, inputs)
+    return known
+
+
 def _as_it_is(equation: Equation, *inputs: Any) -> Any:
     return equation.primitive.bind(*inputs, **equation.params)
 

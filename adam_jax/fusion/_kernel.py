@@ -23,7 +23,8 @@ class Kernel:
     Attributes:
       shape: the shape of the leaf.
       gradient: the gradient of the leaf.
-      body: the equations.
+      own: the equations between integer scalars that no other leaf needs.
+      body: the equations between arrays.
       scalars: the scalars that the equations need; an array of equal elements counts as one.
       reads: the arrays that the equations need.
       writes: the arrays that they make.
@@ -35,6 +36,7 @@ class Kernel:
 
     shape: tuple[int, ...]
     gradient: Value
+    own: list[Equation]
     body: list[Equation]
     scalars: list[Value]
     reads: list[Value]
@@ -75,7 +77,7 @@ class Kernel:
             tuple(map(name, (*self.scalars, *self.reads))),
             tuple(
                 (e.primitive, *sorted(e.params.items()), *map(name, (*e.inputs, *e.outputs)))
-                for e in self.body
+                for e in (*self.own, *self.body)
             ),
             tuple((name(v), name(self.replaces.get(v, v))) for v in self.writes),
             tuple((number, self.block_of[v]) for v, number in numbers.items()),

@@ -120,7 +120,7 @@ class MosaicGpu:
             if offset is not None:
                 starts = [start + number_refs[-1][axis] for axis, start in enumerate(starts)]
             scalar_refs = zip(kernel.scalars, number_refs, strict=False)
-            known = {v: ref[0] for v, ref in scalar_refs}
+            known = _elementwise.with_own(kernel.own, {v: ref[0] for v, ref in scalar_refs})
             rows = Rows(plan, known, tile, partial, results, starts, height)
             rows.clear(me)
             gpu.barrier_wait(arrived)

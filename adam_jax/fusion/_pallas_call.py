@@ -195,7 +195,8 @@ def _launch(
             offset=[0 if offset is None else number_refs[-1][axis] for axis in axes],
         )
         mask = functools.partial(_mask, kernel, tile) if masking else lambda _: None
-        known = {v: ref[0] for v, ref in zip(kernel.scalars, number_refs, strict=False)}
+        scalar_refs = zip(kernel.scalars, number_refs, strict=False)
+        known = _elementwise.with_own(kernel.own, {v: ref[0] for v, ref in scalar_refs})
         for value, ref in zip(kernel.reads, array_refs, strict=False):
             known[value] = _loaded(masking, ref, mask(value))
         _compute(kernel, tile, known)

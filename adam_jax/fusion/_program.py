@@ -6,6 +6,7 @@ a kernel (`_kernel.py`). No kernel is written for any optimizer. `Program` sorts
 
     between scalars, and of small leaves     XLA computes them, outside of the kernels
     between the arrays of one large leaf     the kernel of this leaf
+    between integers for one large leaf      the kernel of this leaf
     anything else                            is not local: refused, with the name of its stage
 """
 
@@ -56,6 +57,8 @@ class Program:
         for equation in self.equations:
             for value in self.arrays(equation)[:1]:
                 bodies.setdefault(self.same_leaf.find(value), []).append(equation)
+        self.constants: dict[Value, Any] = {}
+        own = self._own()
         self.kernels: dict[Value, Kernel] = {}
         for gradient in (self.inputs[index] for index in gradients):
             leaf = self.same_leaf.find(gradient)
@@ -67,18 +70,54 @@ class Program:
                         "adam_jax fuses chains that treat every leaf by itself, and this one has "
                         "equations between several leaves. Chain those outside of what is fused."
                     )
-                self.kernels[leaf] = self._kernel(gradient, body)
+                self.kernels[leaf] = self._kernel(gradient, own.get(leaf, []), body)
 
-    def _kernel(self, gradient: Value, body: list[Equation]) -> Kernel:
+    def _own(self) -> dict[Value, list[Equation]]:
+        """The equations between integer scalars that a single leaf needs, for each such leaf.
+
+        The seed of random bits is made so. XLA would launch a kernel for every seed. Integers are
+        the same wherever they are computed, which is not promised of floats. A constant that is
+        added tells the leaves apart, so it becomes a scalar that is given to their common kernel.
+        """
+        own: dict[Value, list[Equation]] = {}
+        needed_by: dict[Value, set[Value | None]] = {v: {None} for v in self._values(self.outputs)}
+        for n, equation in reversed([*enumerate(self.equations)]):
+            leaves: set[Value | None] = {self.same_leaf.find(v) for v in self.arrays(equation)[:1]}
+            if not leaves:
+                leaves = set().union(*(needed_by.get(v, set()) for v in equation.outputs))
+                leaf, *others = leaves
+                if leaf is None or others or not _of_integers(equation):
+                    leaves = {None}
+                else:
+                    if equation.primitive.name == "add":
+                        inputs = [self._lifted(x) for x in equation.inputs]
+                        equation = self.equations[n] = equation._replace(inputs=inputs)
+                    own.setdefault(leaf, []).insert(0, equation)
+            for value in self._values(equation.inputs):
+                needed_by.setdefault(value, set()).update(leaves)
+        return own
+
+    def _lifted(self, x: Any) -> Value:
+        """A constant as a scalar."""
+        if isinstance(x, Value):
+            return x
+        value = Value(jax.typeof(x))
+        self.constants[value] = x
+        self.uniform.add(value)
+        return value
+
+    def _kernel(self, gradient: Value, own: list[Equation], body: list[Equation]) -> Kernel:
         """The kernel of a leaf, if the equations are local."""
-        made = {v for equation in body for v in equation.outputs}
-        used = [v for equation in body for v in equation.inputs if isinstance(v, Value)]
+        equations = [*own, *body]
+        made = {v for equation in equations for v in equation.outputs}
+        used = [v for equation in equations for v in equation.inputs if isinstance(v, Value)]
         used = list(dict.fromkeys(v for v in used if v not in made))
         reads = [v for v in used if v not in self.uniform]
         axis, block_of = self._blocks(gradient, body)
         kernel = Kernel(
             shape=gradient.shape,
             gradient=gradient,
+            own=own,
             body=body,
             scalars=[v for v in used if v in self.uniform],
             reads=reads,
@@ -159,8 +198,8 @@ class Program:
         """
         tiles = {k: emitter.tile_shape(k, k.shape) for k in self.kernels.values()}
         kernels = {kernel: tile for kernel, tile in tiles.items() if tile}
-        inside = {id(equation) for kernel in kernels for equation in kernel.body}
-        known = dict(zip(self.inputs, arguments, strict=True))
+        inside = {id(equation) for kernel in kernels for equation in (*kernel.own, *kernel.body)}
+        known = dict(zip(self.inputs, arguments, strict=True)) | self.constants
         elements = {v: x for v, x in known.items() if v in self.uniform}  # one of equal elements
         for equation in self.equations:
             if id(equation) in inside:
@@ -176,6 +215,13 @@ class Program:
             results = once(scalars, arrays)
             known.update(zip(kernel.writes, results, strict=True))
         return [known[v] if isinstance(v, Value) else v for v in self.outputs]
+
+
+def _of_integers(equation: Equation) -> bool:
+    """Whether a kernel can compute it of scalars, and to the same bits."""
+    dtypes = {str(x.dtype) for x in (*equation.inputs, *equation.outputs)}
+    repeats = equation.elementwise or equation.primitive.name == "broadcast_in_dim"
+    return repeats and dtypes <= {"int32", "uint32"}
 
 
 def _needed(equations: list[Equation], outputs: Sequence[Any]) -> list[Equation]:
