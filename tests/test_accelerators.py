@@ -476,6 +476,24 @@ def test_a_fused_step_moves_what_it_must(device, name):
     assert memory.alias_size_in_bytes > 0.999 * written
 
 
+LAYERS = 8 * [(256, 384)] + 24 * [(384,)]
+
+
+@pytest.mark.parametrize("name", ["adamw, fused", "8-bit adamw, fused"])
+def test_a_fused_step_launches_less_than_optax(name):
+    """One kernel a large leaf, none for its random bits; XLA joins small leaves of one shape."""
+    counts = []
+    for choice in ("optax.adamw", name):
+        _, optimizer, form = accelerators.CHOICES[choice]
+        params = [jax.ShapeDtypeStruct(shape, "float32") for shape in LAYERS]
+        counts.append(sum(accelerators.launches(
+            accelerators.compiled_for("h100", *form(optimizer()), params)
+        )))  # fmt: skip
+    theirs, ours = counts
+    assert len(LAYERS) < theirs
+    assert 8 <= ours < theirs / 1.5
+
+
 @pytest.mark.parametrize("residual", ["bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("device", DEVICES)

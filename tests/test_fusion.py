@@ -607,10 +607,14 @@ def test_leaves_that_are_alike_are_one_function(interpreted):
     tx = adam_jax.adamw(1e-2, **keeping("int8"))
     shapes = {"a": (64, 128), "b": (64, 128), "c": (64, 256)}
     params = random_tree(shapes, "float32", np.random.default_rng(0))
+    params["b"] = params["a"]  # which differ by their random bits
     given = params, tx.init(params), params
     found, due = (jax.jit(step(tx))(*given) for step in (adam_jax.fused_step, plain_step))
     assert_close(found, due, "contracted")
     assert len(kernels) == 2
+    codes = due[1][0].nu.codes
+    assert (codes["a"] != codes["b"]).any()
+    assert all(kernel.own for kernel in kernels)  # the seeds of these bits
 
 
 def gone(name):

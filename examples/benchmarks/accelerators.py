@@ -218,6 +218,17 @@ def work(compiled: Any) -> tuple[int, int]:
     return kernels, moved
 
 
+def launches(compiled: Any) -> tuple[int, int]:
+    """All operations of a module, those on scalars too: kernels, and copies."""
+    entry = computations(compiled.as_text())["ENTRY"]
+    found = [line for line in entry if line.operation not in FREE]
+    if any(line.operation in NESTED for line in found):
+        raise ValueError("What a step calls would not be counted.")
+    copies = sum(line.operation in ("copy", "copy-start", "slice-start") for line in found)
+    joined = sum("ConcatBitcast" in line.attributes for line in found)  # a view of what was copied
+    return len(found) - copies - joined, copies
+
+
 # --- Work -----------------------------------------------------------------------------------------
 
 
@@ -228,7 +239,11 @@ def stacked() -> list[tuple[int, ...]]:
     return [first, second, *((12, *shape) for shape in block), scale, bias]
 
 
-TREES = {"gpt2": gpt2, "stacked": stacked, "one-leaf": lambda: [(4096, 4096)]}
+def mlp() -> list[tuple[int, ...]]:
+    return [(784, 128), (128,), (128, 64), (64,), (64, 10), (10,)]
+
+
+TREES = {"gpt2": gpt2, "stacked": stacked, "one-leaf": lambda: [(4096, 4096)], "mlp": mlp}
 
 
 def plain(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
@@ -243,6 +258,10 @@ def plain(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
 
 def fused(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
     return tx.init, adam_jax.fused_step(tx)
+
+
+def apart(tx: optax.GradientTransformation) -> tuple[Callable, Callable]:
+    return plain(adam_jax.fuse(tx))
 
 
 class Choice(NamedTuple):
@@ -264,7 +283,9 @@ def flashoptim() -> Any:
 FLASHOPTIM = "flashoptim-jax adamw"
 CHOICES = {
     "optax.adam": Choice("float32", lambda: optax.adam(1e-3)),
+    "optax.adamw": Choice("float32", lambda: optax.adamw(1e-3)),
     "adam": Choice("float32", lambda: adam_jax.adam(1e-3)),
+    "adamw": Choice("float32", lambda: adam_jax.adamw(1e-3)),
     "amsgrad": Choice("float32", lambda: adam_jax.amsgrad(1e-3)),
     "lion": Choice("float32", lambda: adam_jax.lion(1e-3)),
     "8-bit adamw": Choice("float32", lambda: in_codes(storage.int8())),
@@ -276,6 +297,7 @@ CHOICES = {
         "bfloat16", lambda: optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8"))
     ),
     "adam, fused": Choice("float32", lambda: adam_jax.adam(1e-3), fused),
+    "adamw, fused": Choice("float32", lambda: adam_jax.adamw(1e-3), fused),
     "8-bit adamw, fused": Choice("float32", lambda: in_codes(storage.int8()), fused),
     "4-bit adamw, fused": Choice("float32", lambda: in_codes(storage.int4()), fused),
     "8-bit adamw, compensate int8, fused": Choice(
@@ -283,6 +305,8 @@ CHOICES = {
         lambda: optax.chain(in_codes(storage.int8()), adam_jax.compensate("int8")),
         fused,
     ),
+    "adamw, updates apart": Choice("float32", lambda: adam_jax.adamw(1e-3), apart),
+    "8-bit adamw, updates apart": Choice("float32", lambda: in_codes(storage.int8()), apart),
     FLASHOPTIM: Choice("bfloat16", flashoptim, lambda tx: (tx.init, tx.step)),
 }
 if importlib.util.find_spec("flashoptim_jax") is None:
@@ -302,6 +326,8 @@ class Row(NamedTuple):
     bytes: float  # per parameter
     temporaries: float  # bytes per parameter
     seconds: float  # of all threads, to trace, lower and compile
+    launches: int  # kernels, those on scalars too
+    copies: int
 
 
 def limit(init: Callable, params: Any) -> float:
@@ -326,12 +352,12 @@ def measure(tree: str, choice: str, target: str) -> Row:
     least = limit(init, params)
     return Row(
         tree, choice, target, least, len(params), kernels, moved / count, temporaries / count,
-        seconds,
+        seconds, *launches(compiled),
     )  # fmt: skip
 
 
 def table(rows: list[Row], targets: list[str]) -> str:
-    """One line a choice, one column a target: kernels a leaf, bytes, temporaries, CPU time."""
+    """One line a choice, one column a target."""
     lines = [
         "| tree | choice | limit | " + " | ".join(targets) + " |",
         "|---" * (3 + len(targets)) + "|",
@@ -340,7 +366,7 @@ def table(rows: list[Row], targets: list[str]) -> str:
     for row in rows:
         cell = (
             f"{row.kernels / row.leaves:.1f}; {row.bytes:.1f}; {row.temporaries:.2f}; "
-            f"{row.seconds:.1f} s"
+            f"{row.seconds:.1f} s; {row.launches} + {row.copies}"
         )
         cells.setdefault((row.tree, row.choice, f"{row.limit:.2f}"), {})[row.target] = cell
     for line, cell in cells.items():
@@ -411,7 +437,10 @@ def main() -> None:
     ]
     rows = [measure(*each) for each in tqdm(todo, "compiling", leave=False)]
     print(hardware("jax-cuda13-pjrt", "nvidia-cuda-nvcc", "libtpu", "flashoptim-jax"))
-    print("each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; CPU time\n")
+    print(
+        "each target: kernels a leaf; bytes, and bytes of temporaries, per parameter; CPU time; "
+        "launches, those on scalars too, + copies\n"
+    )
     print(table(rows, options.targets))
     if options.json:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1))
