@@ -5,8 +5,7 @@ equations that JAX traces on whole leaves hold for a tile of a leaf too, and the
 a kernel (`_kernel.py`). No kernel is written for any optimizer. `Program` sorts them:
 
     between scalars, and of small leaves     XLA computes them, outside of the kernels
-    between the arrays of one large leaf     the kernel of this leaf
-    between integers for one large leaf      the kernel of this leaf
+    between the arrays of one large leaf     the kernel of this leaf, with seeds of its own
     anything else                            is not local: refused, with the name of its stage
 """
 
