@@ -1,5 +1,6 @@
 """The step in the backward pass is the plain one: value_and_grad, then the chain on the stack."""
 
+import inspect
 from functools import partial
 
 import chex
@@ -102,6 +103,18 @@ def test_a_member_in_the_backward_pass_is_the_plain_member(name):
 @pytest.mark.parametrize("how", STORAGES)
 def test_a_storage(how):
     assert_same(*both(loss, adam_jax.adamw(1e-2, **keeping(how))))
+
+
+def every_member_with_every_storage():
+    """The same for all pairs that there are, which is many minutes: `.ci/run` calls this file."""
+    for name, member in MEMBERS.items():
+        for how in STORAGES:
+            taken = inspect.signature(member).parameters
+            options = {k: v for k, v in keeping(how).items() if k in taken}
+            if options:
+                assert_same(*both(loss, member(1e-2, **options)))
+                print(name, how, flush=True)
+        jax.clear_caches()
 
 
 def test_a_state_on_the_host():
@@ -550,3 +563,8 @@ def test_a_stack_tells_which_parts_are_shaped_like_the_parameters():
     marked = optax.tree_map_params(tx, lambda _: "moment", tx.init(layers))
     assert set(jax.tree.leaves((marked[0].mu, marked[0].nu))) == {"moment"}
     assert marked[0].count.shape == (LAYERS,)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    every_member_with_every_storage()
