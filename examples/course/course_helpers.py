@@ -326,7 +326,7 @@ def check_agreement(tx):
     for tree, row in zip(trees, due, strict=True):
         output, state = tx.update(tree, state)
         assert np.array_equal(np.hstack([output["a"], output["b"][0]]), row), say(
-            "not what agrees with the step before", "与上一步同号的不是这些"
+            "not what agrees with the step before", "与上一步不矛盾的不是这些"
         )
 
 
