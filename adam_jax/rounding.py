@@ -122,9 +122,9 @@ def compensate(
     Updates of parameters of at least 32 bits pass through unchanged.
 
     Args:
-      residual: how to keep :math:`r`: "bfloat16" takes two bytes per parameter. "int8" takes one, and
-        counts 1/254 of the distance from the parameter to the next number of its dtype. Default
-        "bfloat16".
+      residual: how to keep :math:`r`: "bfloat16" takes two bytes per parameter; "int8" takes one,
+        which counts 1/254 of the distance from the parameter to the next number of its dtype.
+        Default "bfloat16".
 
     Returns:
       A gradient transformation from updates to updates, with a `CompensateState`, for the end of a
