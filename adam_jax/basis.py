@@ -351,8 +351,8 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
 
     The first step takes their eigenvectors, and later renewals one step of power iteration,
     :math:`U \leftarrow QR(L\,U)` (and of R likewise). A step uses the basis of the previous step,
-    so the first step changes no weight. The state has 2 m² + 2 n² numbers more for a matrix of m ×
-    n.
+    so the first step changes no weight. For a matrix of m × n the state has 2 m² + 2 n² numbers
+    more.
 
     The second moment v is not rotated: after a renewal a small v, as of a direction that had no
     gradient, can give large steps. The old v must be forgotten soon: take b1 = b2 = 0.95, as the

@@ -68,7 +68,8 @@ def bias_correct(
     with the weights :math:`w_i` that the moments have gathered, :math:`1 - b_i^t` at constant
     rates. With ``eps_hat=True`` the epsilons are added before the correction, by the convention of
     Keras and TensorFlow, where they count for more in the first steps: :math:`\varepsilon` is in
-    effect :math:`\varepsilon / \sqrt{w_2}`.
+    effect :math:`\varepsilon / \sqrt{w_2}`, and :math:`\varepsilon_{root}` is
+    :math:`\varepsilon_{root} / w_2`.
 
     .. math:: u = \frac{\sqrt{w_2}}{w_1} m / (\sqrt{v + \varepsilon_{root}} + \varepsilon)
 

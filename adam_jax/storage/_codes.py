@@ -40,8 +40,8 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
 
     Blocks lie along the second-to-last axis of a leaf (the only axis of a vector), not counting
     axes of length 1; the last block may be partial. If that axis is shorter than 12, blocks lie
-    along the longest axis: for a patch embedding (16, 16, 3, 768) the last, for convolutions (512,
-    512, 3, 3) the first. If all axes are shorter than 12, the leaf is taken as one vector, in
+    along the longest axis: for a patch embedding (16, 16, 3, 768) the last, for convolutions
+    (512, 512, 3, 3) the first. If all axes are shorter than 12, the leaf is taken as one vector, in
     row-major order. So every leaf keeps less than 1.2 bytes per parameter (`int4` 0.7), and a
     placeholder of at most a 64th of its elements.
 
