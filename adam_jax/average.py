@@ -21,7 +21,7 @@ from adam_jax._numerics import Scalar, accumulator, increment, scalar
 class Average(NamedTuple):
     r"""A moving average of one leaf, with its rates and the weight it has gathered.
 
-    After every stage :math:`w_{t+1} = 1 - b_{t+1} (1 - w_t)`.
+    After every stage the next weight is :math:`w_{t+1} = 1 - b_{t+1} (1 - w_t)`.
 
     Attributes:
       value: the average :math:`a_t`, shape of the leaf, at least float32.
@@ -32,8 +32,8 @@ class Average(NamedTuple):
       next_weight: the weight after the next step.
       length: the effective length of the window, a scalar that grows from 1: twice the mean age of
         the gradients plus 1. RAdam's :math:`\rho_t`.
-      previous: the average before this gradient joined it, for Lion and ADOPT; its weight is 0
-        before the first gradient. None for a first moment that is not kept.
+      previous: the average before this gradient joined it, which Lion and ADOPT use: an `Average`
+        of weight 0 at the first gradient. None for a first moment that is not kept.
     """
 
     value: Any
@@ -46,7 +46,7 @@ class Average(NamedTuple):
 
     @classmethod
     def memoryless(cls, value: jax.Array, previous: Any = None) -> "Average":
-        """What forgets all that came before: the gradient itself."""
+        """An average with a rate of 0, which is the gradient itself."""
         return cls(value, 0.0, 1.0, 0.0, 1.0, previous=previous)
 
     def with_value(self, value: jax.Array) -> "Average":
@@ -54,12 +54,12 @@ class Average(NamedTuple):
         return self._replace(value=value)
 
     def debiased(self) -> "Average":
-        """The value over its weight."""
+        """The value divided by its weight; the weights are 1 afterwards."""
         value = self.value / scalar(self.weight, self.value.dtype)
         return self._replace(value=value, weight=1.0, next_weight=1.0)
 
     def stepped(self, grad: jax.Array, decay: Scalar) -> "Average":
-        """One step on, with a rate that stays."""
+        """The average after one more gradient, at a constant rate."""
         b = scalar(decay, jnp.result_type(self.weight))
         weight = 1 - b * (1 - self.weight)
         return Average(
@@ -73,7 +73,7 @@ class Average(NamedTuple):
         )
 
     def looked_ahead(self, grad: jax.Array) -> "Average":
-        """Dozat's look-ahead, debiased: this average as it will be, if `grad` comes once more."""
+        """Dozat's look-ahead, debiased: what the average becomes if `grad` comes once more."""
         dtype = self.value.dtype
         decay, weight, next_decay, next_weight = (
             scalar(x, dtype) for x in (self.decay, self.weight, self.next_decay, self.next_weight)

@@ -36,19 +36,20 @@ def stacked(
 
     .. math:: \mathrm{stacked}(T)(g)_l = T(g_l) \quad \text{for every layer } l
 
-    A model whose layers are scanned keeps the weights of a kind in one array, with the layers along
-    an axis. Without this, what is meant for a leaf is taken over all layers: the norms of `lamb`,
-    the mean of `cautious`, the blocks of a storage.
+    A model whose layers are scanned keeps the weights of one kind in one array, with the layers
+    along an axis. Without `stacked`, what a stage computes of a leaf is computed over all layers:
+    the norms of `lamb`, the mean of `cautious`, the blocks of a storage.
 
     Args:
-      tx: any chain, of adam_jax, optax or your own; `adam_jax.fuse` goes around it in here.
+      tx: any chain, of adam_jax, optax or your own. With ``fuse(tx)`` the plain chain runs, without
+        kernels (`adam_jax.backward` has them), and ``fuse(stacked(tx))`` is an error.
       axis: the axis of every leaf that the layers lie along. Default 0.
 
     Returns:
       A gradient transformation. Its state is that of `tx` with an axis of layers before the others,
-      as `jax.vmap(tx.init)` makes it: counts have the shape (layers,). A scalar that is set in it,
-      such as an injected rate, is that of all layers. They draw the same random bits, and further
-      arguments of `update` are the same for all. Without leaves it is `tx`.
+      as `jax.vmap(tx.init)` makes it: counts have the shape (layers,). A scalar that you set in the
+      state, such as an injected rate, is that of all layers. All layers draw the same random bits
+      and get the same further arguments of `update`. A tree without leaves goes to `tx` as it is.
 
     Raises:
       ValueError: if a leaf does not have the axis, or the leaves differ in its length, naming one.
@@ -136,13 +137,16 @@ def scan(f: Callable[[Any, Any], tuple[Any, Any]], init: Any, xs: Any) -> tuple[
     `jax.grad`.
 
     Args:
-      f: a layer, `(carry, x) -> (carry, y)`. Under `jax.checkpoint` its policy says what is kept
-        for the way back, and without it all that the derivative needs.
+      f: a layer, `(carry, x) -> (carry, y)`. What is kept of a layer for the way back is all that
+        the derivative needs or, if `f` is wrapped in `jax.checkpoint`, what its policy says.
       init: the first carry, a tree of arrays.
       xs: the stacked layers, alone or in a tree with other arrays that have one row for each layer.
 
     Returns:
       The last carry, and the `y` of all layers, stacked.
+
+    Raises:
+      ValueError: in a loss of `value_and_step`, if it scans the layers more than once.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -174,7 +178,8 @@ class BackwardState(NamedTuple):
     Attributes:
       grad_norm: the norm of all gradients of the last step, a float32 scalar; 0 before the first.
       params: the state of the chain for `params`.
-      layers: the state of the chain for `layers`, with an axis of layers first, as `stacked` has.
+      layers: the state of the chain for `layers`. Each of its arrays has an axis of layers before
+        the others, as in the state of `stacked`.
     """
 
     grad_norm: jax.Array
@@ -194,11 +199,14 @@ def init(
       tx: the chain for `params`.
       params: all that is trained besides the layers.
       layers: a tree of arrays with the layers along their first axis.
-      layers_tx: the chain for a layer; None takes `tx`.
+      layers_tx: the chain for a layer. None, the default: `tx`.
 
     Returns:
-      A `BackwardState`: zeros, wherever those of the chains are. A run that began with all
-      gradients at once goes on with `from_plain`.
+      A `BackwardState` that holds what the `init` of the chains make. A run that began with all
+      gradients in memory at once goes on with `from_plain`.
+
+    Raises:
+      ValueError: if a leaf of `layers` has no axis, or the leaves differ in the number of layers.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -223,28 +231,29 @@ def from_plain(
 ) -> Any:
     """Convert a state of `tx.init(layers)`, where a stack is one leaf, into that of the layers.
 
-    So a run with all gradients at once goes on in the backward pass. Every layer gets the counts
-    and the rates. Moments that are kept element by element stay bit for bit, and so do codes of 8
-    and 4 bits whose blocks lie within a layer. Where blocks or means have elements of several
-    layers (those of biases in 8 bits, from 12 layers on), and where a layer is smaller than the
-    4,096 elements that a storage asks for, moments are loaded, and each layer's is saved anew.
+    So a run that kept all gradients at once goes on in the backward pass. Every layer gets the
+    counts and the rates. Moments that are kept element by element stay bit for bit, and so do codes
+    of 8 and 4 bits whose blocks lie within a layer. Where a block or a mean has elements of several
+    layers (as of biases in 8 bits, from 12 layers on), and where a layer has fewer than the 4,096
+    elements that a storage asks for, the moments are loaded, and those of each layer saved anew.
 
-    Checkpoints that fit are those of any chain of this package's stages and of wrappers and stages
-    that keep scalars and arrays shaped like the parameters. One of `optax.adam` first goes through
+    The chain may be made of this package's stages, and of wrappers and stages that keep scalars and
+    arrays shaped like the parameters. A state of `optax.adam` first goes through
     `adam_jax.from_optax`.
 
     Args:
       tx: the chain that made the state.
       layers: a tree of arrays with the layers along their first axis.
-      state: the state. If it is one for a tree with all parameters, take what belongs to `layers`,
-        as the example does.
-      layers_tx: the chain for a layer, which keeps the same moments, maybe in another storage; None
-        takes `tx`. Where `tx` has a storage for stacks, such as ``block_mean(partial(
-        transformer_blocks, stacked=1))``, this one has that for a layer, ``block_mean()``.
+      state: the state. If it is for a tree with all parameters, take the part that belongs to
+        `layers`, as the example does.
+      layers_tx: the chain for a layer, which keeps the same moments, maybe in another storage.
+        None, the default: `tx`. Where `tx` has a storage for stacks, such as
+        ``block_mean(partial(transformer_blocks, stacked=1))``, give the chain for a layer the
+        storage for a layer, ``block_mean()``.
 
     Returns:
       A state as `adam_jax.stacked(layers_tx).init(layers)` makes it: `layers` of a `BackwardState`.
-      Arrays that stay as they are are not copied.
+      Arrays that do not change are not copied.
 
     Raises:
       ValueError: if the state is not one of `tx.init(layers)`, or keeps what cannot be taken apart
@@ -349,28 +358,29 @@ def value_and_step(
 
     The step is that of `jax.value_and_grad(loss, (0, 1))`, of `tx` on the gradients of `params` and
     of `adam_jax.stacked(layers_tx)` on those of `layers`. But the gradient of a layer lives only
-    until the layer is stepped, so for the layers the step needs no memory besides weights and
-    state, which it writes in place if they are donated, but for a layer or two.
+    until the layer is stepped. So for the layers the step needs only the memory of weights and
+    state, which it writes in place if they are donated, and of a layer or two.
 
-    Compiled with jax 0.12, 12 layers of two 1024 × 1024 matrices, bytes a parameter that the step
-    needs in all: with float32 and `adam` 13.2 on an H100 and 12.1 on a v5e, where all gradients at
-    once need 16.5 and 18.1; with bfloat16, `compensate("int8")` and moments in 8 bits 6.0 and 5.2,
-    not 7.5 and 5.9 (`pytest tests/test_accelerators.py -k keeps_no_gradients`).
-    XLA's CPU backend copies the weights and the state.
+    Compiled with jax 0.12 for 12 layers of two 1024 × 1024 matrices, the step needs in all, in
+    bytes a parameter: with float32 and `adam` 13.2 on an H100 and 12.1 on a v5e, where all
+    gradients at once need 16.5 and 18.1; with bfloat16, `compensate("int8")` and moments in 8 bits
+    6.0 and 5.2, where all at once need 7.5 and 5.9 (`pytest tests/test_accelerators.py -k
+    keeps_no_gradients`). XLA's CPU backend copies the weights and the state.
 
     With `storage.on_host` the state of a layer goes to the device and back while other layers are
-    computed. Compiled, 48 such layers need, in float32 with `adam`, 8.0 bytes of the host, and of
-    the device 4.5 on an H100 and 5.0 on a v5e; with moments in 8 bits 2.1 of the host (a v5e 4.1),
-    and 4.3 and 5.1 (`pytest tests/test_accelerators.py -k from_the_host`).
+    computed. Compiled, 48 such layers need, in bytes a parameter: in float32 with `adam` 8.0 of the
+    host, and of the device 4.5 on an H100 and 5.0 on a v5e; with moments in 8 bits 2.1 of the host
+    (4.1 with a v5e), and of the device 4.3 and 5.1 (`pytest tests/test_accelerators.py -k
+    from_the_host`).
 
     Args:
       loss: `(params, layers, *args) -> value`, a real scalar. It calls `adam_jax.backward.scan`
         once, over all of `layers`, and outside of any `jax.jit`, `jax.vmap` or `jax.checkpoint` of
         its own. `params` is all else that is trained: embedding, head, norms.
       tx: the chain for `params`.
-      layers_tx: the chain for a layer; None takes `tx`. With `adam_jax.fuse(tx)` a layer is stepped
-        in one kernel a leaf.
-      has_aux: whether `loss` returns `(value, aux)`.
+      layers_tx: the chain for a layer. None, the default: `tx`. With `adam_jax.fuse(tx)` each leaf
+        of a layer is stepped in one kernel.
+      has_aux: whether `loss` returns `(value, aux)`. Default False.
 
     Returns:
       A function `(params, layers, state, *args) -> (value, params, layers, state)`, with `value` as
@@ -675,20 +685,20 @@ def clip_by_previous_norm(max_norm: float) -> optax.GradientTransformationExtraA
     .. math:: g_t \mapsto g_t \min(1, c / \lVert g_{t-1} \rVert)
 
     In the backward pass the norm of all gradients is known only when all layers have been stepped,
-    so `optax.clip_by_global_norm` cannot be had there. This one lags by a step: the first step is
-    not clipped, nor is a spike that comes from one step to the next; the step after a spike is
-    made smaller than it need be. After a norm that is NaN nothing is clipped.
+    so `optax.clip_by_global_norm` cannot be used there. This stage lags by one step: the first step
+    is not clipped, nor is a sudden spike; the step after a spike is made smaller than it need be.
+    After a norm that is NaN nothing is clipped.
 
     Args:
-      max_norm: the largest norm :math:`c`, positive: a number or a 0-d array.
+      max_norm: the largest norm :math:`c`, finite and at least 0: a number or a 0-d array.
 
     Returns:
       A gradient transformation without state. Its `update` takes the norm as `grad_norm`, which
       `value_and_step` gives it.
 
     Raises:
-      ValueError: if `max_norm` is negative or not finite.
-      TypeError: in `update`, without `grad_norm`.
+      ValueError: if `max_norm` is negative, not finite or not a scalar.
+      TypeError: if `max_norm` is not a number; in `update`, without `grad_norm`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -723,24 +733,25 @@ def micro_decay(decay: float, k: int) -> optax.Schedule:
               \quad\text{with}\quad b_j = \frac{1 - (k - j + 1) \beta}{1 - (k - j) \beta},
               \quad \beta = \frac{1 - b}{k}
 
-    So gradients of several batches are accumulated in the moments, without a buffer. With
-    `micro_rate` the parameters move at the last batch of the k:
+    So the gradients of several batches are accumulated in the moments, without a buffer. With
+    `micro_rate` the parameters move at the last of the k batches only:
 
         scale_by_moments(micro_decay(0.9, k), micro_decay(0.999, k)) ▸ bias_correct() ▸
         scale_by_lr(micro_rate(1e-3, k))
 
-    The first moment is exactly that of the mean gradient. The second is the mean of the *squares*
-    of the k gradients, not the square of their mean, as if each batch was a sample of its own.
+    The first moment is exactly that of the mean gradient. The second averages the *squares* of the
+    k gradients, not the square of their mean.
 
     Args:
-      decay: the decay rate :math:`b` of a whole step, in [0, 1).
-      k: how many batches make a step.
+      decay: the decay rate :math:`b` of a whole step, in [0, 1): a number or a 0-d array.
+      k: the number of batches that make a step, a positive integer.
 
     Returns:
-      A schedule from the number of batches so far to the decay rate.
+      A schedule from the number of batches so far to the decay rate, for `scale_by_moments`.
 
     Raises:
       ValueError: if `decay` is outside [0, 1), or `k` is not positive.
+      TypeError: if `decay` is not a number, or `k` is not an integer.
 
     Example:
       >>> import adam_jax
@@ -764,11 +775,16 @@ def micro_rate(learning_rate: optax.ScalarOrSchedule, k: int) -> optax.Schedule:
     """The learning rate at the last of every k small batches, and 0 at the others.
 
     Args:
-      learning_rate: a number, a 0-d array, or a schedule of the number of whole steps.
-      k: how many batches make a step.
+      learning_rate: a number, a 0-d array, or a schedule from the number of whole steps so far to
+        the rate.
+      k: the number of batches that make a step, a positive integer.
 
     Returns:
       A schedule from the number of batches so far to the learning rate, for `scale_by_lr`.
+
+    Raises:
+      ValueError: if `k` is not positive.
+      TypeError: if `k` is not an integer.
 
     Example:
       >>> import adam_jax

@@ -33,23 +33,24 @@ Sides = tuple[jax.Array | None, jax.Array | None]
 class Basis(NamedTuple):
     r"""A rule for the basis of a matrix: how its two sides U and W are found, and how often.
 
-    A gradient :math:`G` of shape m × n is :math:`U^H G W` there. Write your own as functions of one
-    leaf; between the steps a leaf has `parts`, a named tuple of arrays or None. On a mesh with
-    explicit axes they get arrays whose last two axes are replicated. No derivative is taken of
-    them.
+    In the basis a gradient :math:`G` of shape m × n is :math:`U^H G W`. Write a basis of your own
+    as functions of one leaf, for which the state keeps `parts`, a named tuple of arrays or None. On
+    a mesh with explicit axes the functions get arrays whose last two axes are replicated. No
+    derivative is taken of the functions.
 
     Attributes:
-      parts: the named tuple's class.
-      init: ``(shape, dtype) -> parts`` of a leaf, or None to leave the leaf as it is.
+      parts: the class of the named tuple.
+      init: ``(shape, dtype) -> parts`` of a leaf before the first step, or None to leave the leaf
+        as it is.
       sides: ``(parts) -> (U, W)``, of shapes (…, m, r) and (…, n, s); None is the identity.
-      gather: ``(parts, grad) -> parts`` at every step.
-      renew: ``(parts, grad, first) -> parts`` at every `every`-th step, from the first on, which
-        the boolean scalar `first` tells.
+      gather: ``(parts, grad) -> parts``, called at every step, such as for a moving average.
+      renew: ``(parts, grad, first) -> parts``, called at step 1 and at every `every`-th step after
+        it; `first` is a boolean scalar, True at step 1.
       every: the number of steps between two renewals.
-      follows: True if a step uses the basis of the previous step. Then step 1 only initialises it:
-        its update is 0 and the chain's state stays; and first moments, which are linear in the
-        gradients, change basis with it. False if the step's own gradient makes the basis, and the
-        moments stay the numbers that they are.
+      follows: True if a step uses the basis of the previous step. Then step 1 only initialises the
+        basis: its update is 0, and the chain's state does not change. First moments, which are
+        linear in the gradients, change basis at a renewal. False if the step's own gradient makes
+        the basis; then moments are not changed at a renewal.
     """
 
     parts: Any
@@ -83,22 +84,23 @@ def in_basis(
 
     .. math:: U\, tx(U^H G\, W)\, W^H
 
-    The last two axes of a leaf are a matrix G of m × n, those in front a batch; leaves of fewer
-    axes take the chain as it is. The columns of U, of length m, and of W, of length n, are the new
-    axes of the rows and columns. `eigenvectors` has seen no gradient before the first step, which
-    therefore only finds the basis: its update is 0.
+    The last two axes of a leaf are a matrix G of m × n, the axes before them a batch; to leaves of
+    fewer axes the chain is applied as it is. The columns of U, of length m, and of W, of length n,
+    are the new axes of the rows and columns. `eigenvectors` has seen no gradient before the first
+    step, so this step only initialises the basis: its update is 0.
 
-    With an orthogonal basis plain descent stays what it is; a chain that looks at elements becomes
-    another one. Weight decay may be inside where the basis is complete, as `eigenvectors` is; with
-    `singular_vectors` it belongs outside, because inside it reaches the projection only. The
-    matrices of sharded leaves are gathered, on a mesh with explicit axes at every step.
+    An orthogonal basis does not change plain gradient descent; it changes a chain that treats
+    elements by themselves, as Adam does. Weight decay may be inside `tx` if the basis is complete,
+    as `eigenvectors` is; with `singular_vectors` it belongs outside, because inside it reaches the
+    projection only. The matrices of sharded leaves are gathered, on a mesh with explicit axes at
+    every step.
 
-    Derivatives through a step take the basis for a constant: it has none where two eigenvalues are
-    equal, as those of a gradient of 0.
+    Derivatives through a step take the basis for a constant, because a basis has no derivative
+    where two eigenvalues are equal, as those of a gradient of 0.
 
     Args:
       basis: `eigenvectors`, `singular_vectors`, or your own `Basis`.
-      tx: a chain from gradients to updates.
+      tx: a chain from gradients to updates, of adam_jax, optax or your own.
 
     Returns:
       A gradient transformation from gradients to updates, with an `InBasisState`. The matrix
@@ -348,18 +350,21 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
               R_t = \beta R_{t-1} + (1 - \beta)\, G_t^H G_t
 
     The first step takes their eigenvectors, and later renewals one step of power iteration,
-    :math:`U \leftarrow QR(L\,U)`. A step uses the basis of the previous step, so the first one
-    changes no weight. The state has 2 m² + 2 n² numbers more for a matrix of m × n.
+    :math:`U \leftarrow QR(L\,U)` (and of R likewise). A step uses the basis of the previous step,
+    so the first step changes no weight. For a matrix of m × n the state has 2 m² + 2 n² numbers
+    more.
 
-    v is not rotated: after a renewal a small v, as of a direction that had no gradient, can give
-    large steps. It must be forgotten soon: take b1 = b2 = 0.95, as the authors do. With b2 = 0.98
-    and more the loss of a small network, whose gradients have fewer directions than axes, rose
-    before it fell, once a hundredfold.
+    The second moment v is not rotated: after a renewal a small v, as of a direction that had no
+    gradient, can give large steps. The old v must be forgotten soon: take b1 = b2 = 0.95, as the
+    authors do. With b2 = 0.98 and more the loss of a small network, whose gradients have fewer
+    directions than axes, rose before it fell, once a hundredfold.
 
     Args:
-      decay: the rate :math:`\beta` of both averages, in [0, 1). Default 0.95.
-      every: the number of steps between two renewals, positive. Default 10.
-      largest: a longer side keeps its own basis, as an embedding's long one does. Default 8192.
+      decay: the rate :math:`\beta` of both averages, in [0, 1): a number or a 0-d array. Default
+        0.95.
+      every: the number of steps between two renewals, a positive integer. Default 10.
+      largest: the longest side that gets a new basis, a positive integer. A longer one, such as the
+        vocabulary of an embedding, keeps its own. Default 8192.
 
     Returns:
       A `Basis` for `in_basis`. Leaves of fewer than two axes, or whose sides are all 1 or too long,
@@ -367,7 +372,7 @@ def eigenvectors(decay: float = 0.95, *, every: int = 10, largest: int = 8192) -
 
     Raises:
       ValueError: if `decay` is outside [0, 1), `every` or `largest` not positive.
-      TypeError: if one of them is of another kind.
+      TypeError: if `decay` is not a number, or `every` or `largest` not an integer.
 
     Example:
       >>> import adam_jax
@@ -441,21 +446,22 @@ def singular_vectors(rank: int, *, every: int = 200) -> Basis:
 
     .. math:: G = U \Sigma W^H, \qquad U_r^H G \text{ if } m \le n, \text{ else } G\, W_r
 
-    The moments have r rows (or columns) instead of all; what of a gradient lies outside is lost
-    until the next renewal. When the vectors change, the moments stay the numbers that they are, as
-    published. (The paper scales its update by 1/4: `optax.scale` after `in_basis`.)
+    The moments have r rows (or columns) instead of all. The part of a gradient outside of the span
+    of the vectors is lost until the next renewal. When the vectors change, the moments are not
+    rotated, as published. (The paper scales its update by 1/4: put ``optax.scale(0.25)`` after
+    `in_basis`.)
 
     Args:
-      rank: the number r of vectors, positive.
-      every: the number of steps between two renewals, positive. Default 200.
+      rank: the number r of vectors, a positive integer.
+      every: the number of steps between two renewals, a positive integer. Default 200.
 
     Returns:
-      A `Basis` for `in_basis`. Leaves of fewer than two axes, or of a side of at most r, are left
+      A `Basis` for `in_basis`. Leaves of fewer than two axes, or with a side of at most r, are left
       as they are.
 
     Raises:
       ValueError: if `rank` or `every` is not positive.
-      TypeError: if one of them is not an integer.
+      TypeError: if `rank` or `every` is not an integer.
 
     Example:
       >>> import adam_jax, jax, jax.numpy as jnp

@@ -23,8 +23,8 @@ def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationE
 
     .. math:: \hat m_t = m_t / w_1, \qquad \hat v_t = v_t / w_2, \qquad w_i = 1 - \prod b_i
 
-    An average that starts at 0 is too small by exactly this weight. Afterwards the weights are 1,
-    so that a second `debias` changes nothing.
+    with the product over the rates of all steps so far. An average that starts at 0 is too small by
+    exactly the factor w. Afterwards the weights are 1, so that a second `debias` changes nothing.
 
     Args:
       mu: whether to debias the first moment. Default True.
@@ -33,6 +33,10 @@ def debias(*, mu: bool = True, nu: bool = True) -> optax.GradientTransformationE
 
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
+
+    Raises:
+      TypeError: if `mu` or `nu` is not a bool; in `update`, if it gets plain updates instead of
+        `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -62,20 +66,22 @@ def nesterov(
     .. math:: \hat m_t = b_{t+1} \frac{m_t}{w_{t+1}} + (1 - b_t) \frac{g_t}{w_t},
               \qquad w_t = 1 - \prod_{s \le t} b_s
 
-    with the rates of the first moment, or with a momentum schedule of the look-ahead's own, as in
-    PyTorch and Keras. The result is debiased (its weight is 1), the second moment is left alone. A
-    rate that is injected step by step is not known one step ahead, so it is taken to stay.
+    with the rates of the first moment, or with a momentum schedule for the look-ahead alone, as in
+    PyTorch and Keras. The resulting first moment is debiased (its weight is 1); the second moment
+    stays as it is. A rate that is injected step by step is not known one step ahead, so the next
+    rate is taken to be the same.
 
     Args:
-      momentum: a schedule from the number of steps taken so far to the rate :math:`b_{t+1}`; None
-        takes the rates that the signal carries. Default None.
+      momentum: a schedule from the number of steps taken so far to the rate :math:`b_t` of a
+        step. None, the default: the rates that the `Moments` carry.
 
     Returns:
-      A gradient transformation from `Moments` to `Moments`, stateless without `momentum`, with it
-      with a `NesterovState`.
+      A gradient transformation from `Moments` to `Moments`: with a `NesterovState` if `momentum` is
+      given, else stateless.
 
     Raises:
-      TypeError: if `momentum` is not a schedule.
+      TypeError: if `momentum` is neither a schedule nor None; in `update`, if it gets plain updates
+        instead of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -135,7 +141,7 @@ class NesterovState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      weights: the weight gathered under the momentum schedule, a float array with one column.
+      weights: the weight gathered under the momentum schedule, a float array of shape (5, 1).
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -147,19 +153,20 @@ def running_max(*, nu_storage: "StorageLike" = None) -> optax.GradientTransforma
 
     .. math:: v^{max}_t = \max(v^{max}_{t-1}, v_t)
 
-    Before `debias` the maximum is that of the raw moments, the order of the paper, of PyTorch and
-    of Keras; after it that of the corrected ones, the order of optax.
+    Put before `debias`, it takes the maximum of the raw moments, as the paper, PyTorch and Keras
+    do; put after `debias`, that of the corrected moments, as optax does.
 
     Args:
       nu_storage: how to keep the maximum between steps: a dtype, one of `adam_jax.storage`, or your
-        own `Storage`; it may fall by as much as that rounds. None, the default, keeps it in at
-        least float32.
+        own `Storage`; the maximum may then fall by as much as the storage rounds. None, the
+        default: in the dtype of the parameter, at least float32.
 
     Returns:
       A gradient transformation from `Moments` to `Moments`, with a `RunningMaxState`.
 
     Raises:
-      TypeError: if `nu_storage` is neither a `Storage` nor a dtype.
+      TypeError: if `nu_storage` is neither a `Storage` nor a dtype; in `update`, if it gets plain
+        updates instead of `Moments`, or there is no second moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -216,6 +223,12 @@ def center() -> optax.GradientTransformationExtraArgs:
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
 
+    Raises:
+      ValueError: in `update`, if a storage rounds the moments: little but the rounding error would
+        be left of the difference.
+      TypeError: in `update`, if it gets plain updates instead of `Moments`, or one moment is
+        missing.
+
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
       >>> stages = optax.chain(adam_jax.scale_by_moments(0.5, 0.5), adam_jax.center())
@@ -249,13 +262,15 @@ def delay() -> optax.GradientTransformationExtraArgs:
     .. math:: v_t \mapsto v_{t-1}, \qquad v_0 = \infty
 
     Before the first gradient nothing is known, and the infinite moment makes the first step 0. Put
-    this stage directly after `scale_by_moments`: it takes up what came in there.
+    this stage directly after `scale_by_moments`: it takes the second moment that was kept there,
+    and what a stage in between did to it is lost.
 
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
 
     Raises:
-      TypeError: in `update`, if there is a `delay` before it.
+      TypeError: in `update`, if there is a `delay` before it, if there is no second moment, or if
+        it gets plain updates instead of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -303,7 +318,8 @@ def floor(*, eps: Scalar) -> optax.GradientTransformationExtraArgs:
 
     Raises:
       ValueError: if `eps` is negative, infinite, NaN or not a scalar.
-      TypeError: if `eps` is not a number.
+      TypeError: if `eps` is not a number; in `update`, if it gets plain updates instead of
+        `Moments`, or there is no second moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -324,19 +340,20 @@ def _floored(moments: Moments, eps: Scalar) -> Moments:
 
 
 def interpolate(b1: Scalar) -> optax.GradientTransformationExtraArgs:
-    r"""Replace the first moment by the last one, mixed with this gradient at another rate: Lion.
+    r"""Replace the first moment by the previous one, mixed with the gradient at another rate: Lion.
 
     .. math:: m_t \mapsto (1 - b_1) g_t + b_1 m_{t-1}
 
     Args:
-      b1: the rate of the step's average, in [0, 1): a number or a 0-d array.
+      b1: the decay rate of this mixture, in [0, 1): a number or a 0-d array.
 
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
 
     Raises:
       ValueError: if `b1` is outside [0, 1) or not a scalar.
-      TypeError: if `b1` is not a number.
+      TypeError: if `b1` is not a number; in `update`, if it gets plain updates instead of
+        `Moments`, or there is no first moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -368,16 +385,18 @@ def mix_slow_moment(
     Args:
       b3: the decay rate of the slow moment in [0, 1): a number, a 0-d array or a schedule. Default
         0.9999.
-      alpha: its share, finite and at least 0, likewise. Default 5.
-      mu_storage: how to keep the slow moment: a dtype, one of `adam_jax.storage`, or your own
-        `Storage`. None, the default, keeps it in at least float32.
+      alpha: the factor of the slow moment, finite and at least 0: a number, a 0-d array or a
+        schedule. Default 5.
+      mu_storage: how to keep the slow moment between steps: a dtype, one of `adam_jax.storage`, or
+        your own `Storage`. None, the default: in the dtype of the parameter, at least float32.
 
     Returns:
       A gradient transformation from `Moments` to `Moments`, with a `MixSlowMomentState`.
 
     Raises:
       ValueError: if `b3` or `alpha` is out of its range or not a scalar.
-      TypeError: if they are not numbers, arrays or schedules.
+      TypeError: if they are not numbers, arrays or schedules, or `mu_storage` is neither a
+        `Storage` nor a dtype; in `update`, if it gets plain updates instead of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -445,11 +464,15 @@ def cautious() -> optax.GradientTransformationExtraArgs:
     .. math:: m \mapsto m \cdot \frac{\phi}{\max(\operatorname{mean} \phi, 10^{-3})},
               \qquad \phi = [m \cdot g > 0]
 
-    with the mean over the leaf, so that the step keeps its size. Whatever divides the moment later
-    is positive, so this is the caution of the whole direction.
+    The mask :math:`\phi` is 1 where the signs agree and 0 elsewhere. The division by its mean over
+    the leaf makes up for the elements that do not move. What divides the moment later is positive
+    and changes no sign, so the whole direction agrees with the gradient.
 
     Returns:
       A stateless gradient transformation from `Moments` to `Moments`.
+
+    Raises:
+      TypeError: in `update`, if it gets plain updates instead of `Moments`.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp

@@ -20,8 +20,8 @@ def normalize(
 
     .. math:: u = m / (\sqrt{v + \varepsilon_{root}} + \varepsilon)
 
-    Where the denominator is 0 the update is 0, and the derivative through a zero second moment is
-    finite without an `eps_root`.
+    Where the denominator is 0 the update is 0. The derivative of the update is finite where v is 0,
+    even without an `eps_root`.
 
     Args:
       eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.
@@ -32,7 +32,8 @@ def normalize(
 
     Raises:
       ValueError: if `eps` or `eps_root` is negative, infinite, NaN or not a scalar.
-      TypeError: if they are not numbers; in `update`, if it gets plain updates.
+      TypeError: if they are not numbers; in `update`, if it gets plain updates instead of
+        `Moments`, or there is no second moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -61,25 +62,31 @@ def bias_correct(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Debias both moments and divide: Adam's direction, `debias` and `normalize` as one stage.
 
-    .. math:: u = \hat m / (\sqrt{\hat v + \varepsilon_{root}} + \varepsilon)
+    .. math:: u = \hat m / (\sqrt{\hat v + \varepsilon_{root}} + \varepsilon), \qquad
+              \hat m = m / w_1, \qquad \hat v = v / w_2
 
-    With ``eps_hat=True`` the epsilons join the moment before it is corrected, the convention of
-    Keras and TensorFlow, which makes them larger by :math:`1 / \sqrt{w_2}` in the first steps:
+    with the weights :math:`w_i` that the moments have gathered, :math:`1 - b_i^t` at constant
+    rates. With ``eps_hat=True`` the epsilons are added before the correction, by the convention of
+    Keras and TensorFlow, where they count for more in the first steps: :math:`\varepsilon` is in
+    effect :math:`\varepsilon / \sqrt{w_2}`, and :math:`\varepsilon_{root}` is
+    :math:`\varepsilon_{root} / w_2`.
 
-    .. math:: u = \frac{\sqrt{w_2}}{w_1} m / (\sqrt{v + \varepsilon_{root}} + \hat\varepsilon)
+    .. math:: u = \frac{\sqrt{w_2}}{w_1} m / (\sqrt{v + \varepsilon_{root}} + \varepsilon)
 
     Args:
       eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.
       eps_root: added under the root, likewise. Default 0.
-      eps_hat: whether the epsilons are those of the uncorrected second moment. Default False.
+      eps_hat: whether the epsilons are added before the bias correction, not after it. Default
+        False.
 
     Returns:
       A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       ValueError: if `eps` or `eps_root` is negative, infinite, NaN or not a scalar.
-      TypeError: if they are not numbers, `eps_hat` is not a bool, or they are passed by position;
-        in `update`, if it gets plain updates.
+      TypeError: if they are not numbers, `eps_hat` is not a bool, or an argument is passed by
+        position; in `update`, if it gets plain updates instead of `Moments`, or there is no second
+        moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -121,23 +128,26 @@ def rectify(
       r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}
                       {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}
 
-    with the length :math:`\rho_t` that the second moment carries, and
-    :math:`\rho_\infty = 2 / (1 - b_2) - 1`. It works for any second moment and for moving rates:
-    under a falling one :math:`\rho_\infty` is :math:`\rho_t` at least, so that :math:`r_t \le 1`.
+    with the effective window length :math:`\rho_t` that the second moment carries
+    (`Average.length`) and its limit :math:`\rho_\infty = 2 / (1 - b_2) - 1`. This works for any
+    second moment and for rates on a schedule: while a rate falls, :math:`\rho_\infty` is taken to
+    be at least :math:`\rho_t`, so that :math:`r_t \le 1`.
 
     Args:
       eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.
       eps_root: added under the root, likewise. Default 0.
-      threshold: the length from which on to divide, at least 4. Default 5.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in PyTorch.
-        Default False.
+      threshold: the least :math:`\rho_t` at which to divide, at least 4: a number or a 0-d array.
+        Default 5.
+      eps_hat: whether the epsilons are added before the bias correction, as in PyTorch, and not
+        after it. Default False.
 
     Returns:
       A stateless gradient transformation from `Moments` to updates.
 
     Raises:
       ValueError: if `eps`, `eps_root` or `threshold` is out of its range or not a scalar.
-      TypeError: if they are not numbers; in `update`, if it gets plain updates.
+      TypeError: if they are not numbers, or `eps_hat` is not a bool; in `update`, if it gets plain
+        updates instead of `Moments`, or there is no second moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp
@@ -191,7 +201,8 @@ def atan2(*, scale: Scalar = 4 / math.pi) -> optax.GradientTransformationExtraAr
 
     .. math:: u = a \operatorname{atan2}(\hat m, \sqrt{\hat v})
 
-    At :math:`|\hat m| = \sqrt{\hat v}` the default makes it ±1, as Adam's; it never exceeds 2. It
+    with the debiased moments. With the default scale the update is ±1 where
+    :math:`|\hat m| = \sqrt{\hat v}`, as Adam's is, and its magnitude never exceeds 2. The update
     does not change when all gradients are scaled, however small they are.
 
     Args:
@@ -203,7 +214,8 @@ def atan2(*, scale: Scalar = 4 / math.pi) -> optax.GradientTransformationExtraAr
 
     Raises:
       ValueError: if `scale` is negative, infinite, NaN or not a scalar.
-      TypeError: if it is not a number; in `update`, if it gets plain updates.
+      TypeError: if `scale` is not a number; in `update`, if it gets plain updates instead of
+        `Moments`, or there is no second moment.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp

@@ -26,32 +26,32 @@ def from_optax(
 ) -> Any:
     """Convert a state of optax into one with which an optimizer of this package goes on.
 
-    The moments are kept as `tx` keeps them, in 8 bits if it does. What both states have at one path
-    stays: injected hyperparameters, what `optax.contrib.reduce_on_plateau` learnt of the losses.
-    All else is as after as many steps of `tx`: counts, the weights that the moments have gathered
-    under its rates, the steps of its schedules. A float32 Adam with constant rates then gives
-    optax's updates bit for bit.
+    The moments are stored as `tx` stores them, in 8 bits if it does. What both states have at the
+    same path is copied: injected hyperparameters, what `optax.contrib.reduce_on_plateau` learnt of
+    the losses. All else is what it would be after as many steps of `tx`: counts, the weights that
+    the moments have gathered under its rates, the steps of its schedules. A float32 Adam with
+    constant rates then gives optax's updates bit for bit.
 
-    A state of this package, or of adam_jax 0.1.0, goes on likewise, with the weights that it has.
-    Restore its checkpoint without a target, and give what comes back, dicts and lists, to this
+    A state of this package, or of adam_jax 0.1.0, is converted likewise, and keeps its weights.
+    Restore its checkpoint without a target, and give the dicts and lists that come back to this
     function. Moments in 8 bits stay bit for bit what they are; for them `tx` must be the same chain
     with the same storage.
 
-    A state of PyTorch comes by way of `optax.ScaleByAdamState`: ``count=step``, and for `mu` and
-    `nu` trees like the parameters with each `exp_avg` and `exp_avg_sq` in its place, transposed
-    where the parameter is.
+    A state of PyTorch is first made an `optax.ScaleByAdamState`, with ``count=step`` and for `mu`
+    and `nu` trees like the parameters, of each `exp_avg` and `exp_avg_sq`, transposed where the
+    parameter is.
 
     Args:
-      tx: an optimizer, or a chain that keeps its moments in `scale_by_moments`. Not
-        `optax.MultiSteps`, but what that wraps.
-      params: the parameters.
+      tx: an optimizer of this package, or a chain that keeps its moments in `scale_by_moments`. For
+        `optax.MultiSteps` give the optimizer that it wraps.
+      params: the tree of parameters.
       state: a state of `optax.adam`, `adamw`, `nadam`, `nadamw`, `radam`, `adabelief`, `yogi`,
         `amsgrad`, `lion`, `adamax`, `adamaxw`, `contrib.ademamix` or `contrib.adopt`; or any in
         which NamedTuples, or the dicts that a checkpoint makes of them, have a `count`, and `mu`,
         `nu`, `nu_max` or `trace` that are trees shaped like the parameters.
-      of: what the state itself does not tell: "adamax", if `nu` of optax is an infinity norm (here
-        its square is kept); "adopt", if `mu` averages gradients that are normalized already.
-        Default "adam": neither.
+      of: which kind of moments `state` has, which the state itself does not tell: "adamax" if `nu`
+        is an infinity norm, as in optax (this package keeps its square); "adopt" if `mu` averages
+        gradients that are divided already. Default "adam": neither.
       start_missing: whether the moments of parameters that `state` lacks, as after a model has
         grown, start at zero, with the bias correction of the others. Default False: an error names
         them.
@@ -60,11 +60,11 @@ def from_optax(
       A state like ``tx.init(params)``.
 
     Raises:
-      TypeError: if `state` has no moments and count.
-      ValueError: if the moment of a parameter is missing or of another shape, or `tx` keeps none
-        there, or another kind of moment, or in another storage, naming it; if a hyperparameter is
-        injected in `state` and not in `tx`; if the counts of `state` differ, or `tx` counts
-        otherwise.
+      TypeError: if `state` has no moments and count, or `start_missing` is not a bool.
+      ValueError: if `of` is none of the three; if the moment of a parameter is missing or of
+        another shape, or `tx` keeps none there, or another kind of moment, or in another storage,
+        naming it; if a hyperparameter is injected in `state` and not in `tx`; if the counts of
+        `state` differ, or `tx` counts otherwise.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp

@@ -26,35 +26,35 @@ def lazy(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
               (\theta_i, s_i)_{t-1} & g_{t,i} = 0
               \end{cases}
 
-    The elements of a vector are its rows, and a scalar is one. What belongs to no parameter goes on
-    at every step: counts, schedules, the weights of moments, random keys. So bias correction is by
-    the step, not by how often a row was reached, and
+    The elements of a vector are its rows, and a scalar is one row. What belongs to no parameter is
+    updated at every step: counts, schedules, the weights of moments, random keys. So bias
+    correction goes by the number of steps, not by how often a row had a gradient, and
 
         lazy(adam(learning_rate, eps_hat=True))
 
-    is `torch.optim.SparseAdam` and LazyAdam of TensorFlow Addons. (Those tell by the index whether
-    a row was reached. Here it is told by its gradient, and one that happens to be zero counts as
-    none.)
+    is `torch.optim.SparseAdam` and LazyAdam of TensorFlow Addons. (Those tell by the indices of a
+    batch which rows to update. Here the gradient tells, and a row whose gradient happens to be zero
+    stays.)
 
-    Weight decay inside of `tx` falls on a row only at the steps that reach it. `tx` sees all rows:
+    Weight decay inside of `tx` shrinks a row only at steps with a gradient. `tx` sees all rows:
     a norm in it, as in `optax.clip_by_global_norm`, `adam_jax.scale_by_trust_ratio` or
     `adam_jax.cautious`, is the norm of the whole gradient or leaf, and a step takes no less time
     than one of `tx`.
 
     Args:
-      tx: a chain from gradients to updates, of adam_jax, optax or your own, that keeps of a leaf
-        only what has its rows, with the same first axis.
+      tx: a chain from gradients to updates, of adam_jax, optax or your own. What it keeps of a leaf
+        must have as many axes as the leaf, and the same first one.
 
     Returns:
-      A gradient transformation with the same `init` and the same state. The update of a row
+      A gradient transformation with the `init` and the state of `tx`. The update of a row
       without a gradient is -0, which leaves a weight of -0 as it is. Inside `jax.shard_map` a
       device must have whole rows, because it sees no others.
 
     Raises:
-      ValueError: in `update`, if the state has a part of a leaf without its rows, naming it: of
-        the storages `int8` and `int4` of vectors and matrices, `factored`, `block_mean` over rows,
-        or of `in_basis`.
-      TypeError: in `update`, if `tx` emits `Moments`, or is given them: it is a part of a chain.
+      ValueError: in `update`, if the state keeps of a leaf an array without the leaf's rows, naming
+        it, as the storages `int8` and `int4` (of vectors and matrices), `factored` and `block_mean`
+        (over rows) do, and `in_basis`.
+      TypeError: in `update`, if `tx` emits `Moments` or is given them, so is not a whole chain.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp

@@ -34,9 +34,10 @@ class ScaleByMomentsState(NamedTuple):
       mu: the first moments, as their storage keeps them: a tree shaped like the parameters, or a
         NamedTuple of such trees. None if `b1` is None.
       nu: the second moments, likewise, real; None if `b2` is None.
-      weights: the weights that the moments have gathered, a small float array with a column for
-        each moment (see `average.ROWS`); all zeros before the first step, and if the rates have
-        been what they are now since then.
+      weights: what bias correction needs to know of the past rates, a float array of shape
+        (5, moments), with a column for each moment that is kept (its rows are explained at
+        `average.ROWS`). All zeros before the first step; zeros after some steps mean that the rates
+        have never changed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # tuple.count gives way
@@ -61,36 +62,38 @@ def scale_by_moments(
 
       m_t = (1 - b_1) g_t + b_1 m_{t-1}, \qquad v_t = (1 - b_2) |g_t|^2 + b_2 v_{t-1}
 
-    Started at 0, after t steps they have gathered only the weight
-    :math:`w_t = 1 - \prod_{s \le t} b_s`. The emitted `Moments` carry the rates and the weights
-    along, so a later stage can correct for them exactly, whatever schedule the rates follow. A
-    running job may go on with another rate, or a schedule in the place of a number: the state is
-    the same.
+    The moments start at 0. So after t steps the weights of the gradients in one sum to
+    :math:`w_t = 1 - \prod_{s \le t} b_s` only, not to 1. The emitted `Moments` carry the rates and
+    this weight along, so that a later stage can correct for it exactly, whatever schedule the rates
+    follow. A running job may go on with another rate, or a schedule in the place of a number: the
+    state is the same.
 
     Args:
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array of at least float32,
         or a schedule from the number of steps taken so far to the rate. None keeps no first moment:
         the emitted one is the gradient. Default 0.9.
-      b2: the decay rate of the second moment, likewise; with None there is none. Default 0.999.
+      b2: the decay rate of the second moment, likewise. None keeps no second moment. Default 0.999.
       second_moment: the rule `(grad, mu, nu, decay) -> nu` for one leaf, a pure function:
-        `squared`, `belief`, `yogi`, `infinity`, `accumulated` or your own; None is `squared`. (With
-        `optax.inject_hyperparams`, name it in `static_args`: a function would be taken for a
-        schedule.)
-      initial_mu: the first moment before the first step. Default 0.
-      initial_nu: the second moment before the first step, finite and at least 0. Default 0.
+        `squared`, `belief`, `yogi`, `infinity`, `accumulated` or your own. None, the default:
+        `squared`. (With `optax.inject_hyperparams`, name it in `static_args`: a function would be
+        taken for a schedule.)
+      initial_mu: the number that all first moments are before the first step. Default 0.
+      initial_nu: the number that all second moments are before the first step, finite and at least
+        0. Default 0.
       mu_storage: how to keep the first moment between steps: a dtype, one of `adam_jax.storage`, or
-        your own `Storage`. None keeps the dtype of the parameter, or float32 where that is smaller.
-      nu_storage: how to keep the second moment, likewise; real for complex parameters too.
+        your own `Storage`. None, the default: in the dtype of the parameter, at least float32.
+      nu_storage: how to keep the second moment, likewise; it is real for complex parameters too.
 
     Returns:
       A gradient transformation from gradients to `Moments`, with a `ScaleByMomentsState`.
-      Arithmetic is done in at least float32 however the moments are kept, and the moments emitted
-      are those of this step before they are saved.
+      Arithmetic is done in at least float32 however the moments are kept. The emitted moments are
+      those of this step, before the storage rounds them.
 
     Raises:
-      ValueError: if a rate is outside [0, 1), not a scalar, or in less than float32; in `update`,
-        if a gradient does not match the parameter that `init` was given, or the state was made with
-        another storage, naming the leaf.
+      ValueError: if a rate is outside [0, 1), not a scalar, or in less than float32, if both rates
+        are None, or if a storage is not for its moment; in `update`, if a gradient does not match
+        the parameter that `init` was given, or the state was made with another storage, naming the
+        leaf.
       TypeError: if a rate is not a number, an array or a schedule, the rule not a function, or a
         storage neither a `Storage` nor a dtype; in `init`, if a parameter is neither floating point
         nor complex, naming the leaf.

@@ -8,7 +8,7 @@ everywhere.
 Every hyperparameter is checked when the optimizer is built. With weight decay, `update` needs the
 parameters.
 
-In the signatures a `Scalar` is a number or a 0-d array of at least float32; a `Rate` is one of them
+In the signatures a `Scalar` is a number or a 0-d array of at least float32; a `Rate` is a `Scalar`
 or a schedule, a function from the number of steps taken so far; a `Mask` says which leaves decay;
 `StorageLike` is a storage of `adam_jax.storage`, your own, a dtype or None.
 """
@@ -62,27 +62,35 @@ def sgd(
 
     .. math:: a_t = \mu a_{t-1} + g_t, \qquad u_t = -\alpha_t a_t
 
+    Without momentum :math:`a_t` is the gradient :math:`g_t`.
+
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
-      momentum: the rate :math:`\mu`; None for plain descent. Default None.
-      nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t`. Default False.
-      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      momentum: the rate :math:`\mu`, in [0, 1): a number or a 0-d array; None for plain descent.
+        Default None.
+      nesterov: whether to step with Nesterov's :math:`g_t + \mu a_t` in place of :math:`a_t`; True
+        needs `momentum`. Default False.
+      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: that of the parameter,
+        at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
-      A gradient transformation. Its state is a tuple with an entry for each stage: counts alone;
-      with momentum also `state[0].trace`, shaped like the parameters, 4 bytes a parameter in
-      float32.
+      A gradient transformation. Its state is a tuple with an entry for each stage. Without
+      momentum it keeps step counts only; with momentum `state[0].trace` is shaped like the
+      parameters, 4 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, if `nesterov` is without `momentum`, or if `mask`
+        is without `weight_decay`; in `update`, if a gradient does not match its parameter, naming
+        the leaf, or if weights decay and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -116,22 +124,26 @@ def momentum(
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
-      momentum: the rate :math:`\mu`. Default 0.9.
-      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      momentum: the rate :math:`\mu`, in [0, 1): a number or a 0-d array. Default 0.9.
+      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: that of the parameter,
+        at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].trace`
       is shaped like the parameters, 4 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -162,22 +174,26 @@ def nesterov_momentum(
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
-      momentum: the rate :math:`\mu`. Default 0.9.
-      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      momentum: the rate :math:`\mu`, in [0, 1): a number or a 0-d array. Default 0.9.
+      accumulator_dtype: the dtype to keep :math:`a` in; None, the default: that of the parameter,
+        at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].trace`
       is shaped like the parameters, 4 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -210,26 +226,30 @@ def adagrad(
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
-      initial_accumulator_value: the sum before the first step, finite and at least 0. Default 0.1.
-      eps: added to the sum, or to its root: a number or a 0-d array. Default 1e-7.
+      initial_accumulator_value: the sum before the first step, finite and at least 0: a number.
+        Default 0.1.
+      eps: added to the sum, or to its root, at least 0: a number or a 0-d array. Default 1e-7.
       eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch). Default True.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu` is
       shaped like the parameters, 4 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -277,35 +297,40 @@ def rmsprop(
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
       decay: the decay rate :math:`b`, in [0, 1): a number, a 0-d array or a schedule. Default 0.9.
-      eps: added to the second moment, or to its root: a number or a 0-d array. Default 1e-8.
-      initial_scale: the second moment before the first step, finite and at least 0. Default 0.
+      eps: added to the second moment, or to its root, at least 0: a number or a 0-d array. Default
+        1e-8.
+      initial_scale: the second moment before the first step, finite and at least 0: a number.
+        Default 0.
       eps_in_sqrt: whether `eps` is under the root (optax), or added to it (PyTorch). Default True.
-      centered: whether to divide by the standard deviation instead. It needs `nu_storage=None`: the
-        variance is the small difference of two moments, so what rounding leaves of them is noise.
+      centered: whether to divide by the standard deviation instead. True needs `nu_storage=None`:
+        the variance is the small difference of two moments, of which rounding would leave noise.
         Default False.
-      momentum: the rate of a decaying sum of the steps; None for none. Default None.
-      nesterov: whether that sum looks one step ahead. Default False.
+      momentum: the rate of a decaying sum of the steps, in [0, 1): a number or a 0-d array. None,
+        the default: no such sum.
+      nesterov: whether that sum looks one step ahead; True needs `momentum`. Default False.
       bias_correction: whether to debias the moments. Default False.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. With momentum the decay is part of what is
-        summed. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. With `momentum`
+        the decay is part of what is summed. None, the default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu` is
-      shaped like the parameters, 4 bytes a parameter in float32; `centered` and `momentum` keep as
-      much again, each.
+      shaped like the parameters, 4 bytes a parameter in float32. `centered` adds `state[0].mu`, and
+      `momentum` adds `state[-1].trace`, each of the same size.
 
     Raises:
-      ValueError: if `centered` and `nu_storage` are both given, if a number is out of its range, or
-        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
-        or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, if `nesterov` is without `momentum`, if
+        `centered` and `nu_storage` are both given, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -357,28 +382,37 @@ def adam(
       u_t = -\alpha_t \frac{m_t}{1 - b_1^t} \Big/
             \Big( \sqrt{\frac{v_t}{1 - b_2^t} + \varepsilon_{root}} + \varepsilon \Big)
 
-    A drop-in for `optax.adam`: bit for bit the same under jit in float32 and float64.
+    If a rate follows a schedule, its product over the steps so far takes the place of :math:`b^t`.
+
+    A drop-in replacement for `optax.adam`: under jit, in float32 and float64, its updates are bit
+    for bit the same.
 
     Args:
-      learning_rate: the step size :math:`\alpha`, finite and at least 0: a number, a 0-d array or a
-        schedule from the number of steps taken so far to the rate.
+      learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
+        from the number of steps taken so far to the rate.
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.9.
-      b2: the decay rate of the second moment: a number, a 0-d array or a schedule. Default 0.999.
-      eps: added to the root, finite and at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root: a number, a 0-d array or a schedule. Default 0.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+        Default 0.999.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
-      nu_storage: how to keep the second moment: a number, a 0-d array or a schedule. Default None.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      nu_storage: how to keep the second moment between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
@@ -386,9 +420,10 @@ def adam(
 
     Raises:
       ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
-        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
-        or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+        if `mask` is without `weight_decay`; in `update`, if a gradient does not match its
+        parameter, naming the leaf, or if weights decay and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -431,9 +466,12 @@ def adamw(
 ) -> Optimizer:
     r"""Adam with decoupled weight decay, which is added to the direction and not to the gradient.
 
-    .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
+    .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1}), \qquad
+              d_t = \hat m_t / (\sqrt{\hat v_t + \varepsilon_{root}} + \varepsilon)
 
-    with Adam's direction :math:`d_t` and the parameters :math:`\theta`.
+    with the parameters :math:`\theta` and Adam's debiased averages
+    :math:`\hat m_t = m_t / (1 - b_1^t)` of the gradients and :math:`\hat v_t = v_t / (1 - b_2^t)`
+    of their squares.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -442,17 +480,20 @@ def adamw(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
-      weight_decay: the rate :math:`\lambda` of the decay, which adds :math:`\lambda \theta` to the
-        direction and so is multiplied with the learning rate: a number, a 0-d array or a schedule.
-        Default 1e-4, as in optax; PyTorch's is 1e-2.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 1e-4, as in
+        optax; PyTorch's is 1e-2.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
@@ -465,8 +506,10 @@ def adamw(
 
     Raises:
       ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
-        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+        in `update`, if a gradient does not match its parameter, naming the leaf, or if `params` is
+        missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -507,7 +550,10 @@ def nadam(
 ) -> Optimizer:
     r"""Adam with Nesterov's momentum.
 
-    .. math:: \hat m_t = b_1 \frac{m_t}{1 - b_1^{t+1}} + (1 - b_1) \frac{g_t}{1 - b_1^t}
+    .. math:: u_t = -\alpha_t \hat m_t / (\sqrt{\hat v_t} + \varepsilon), \qquad
+              \hat m_t = b_1 \frac{m_t}{1 - b_1^{t+1}} + (1 - b_1) \frac{g_t}{1 - b_1^t}
+
+    with Adam's moments :math:`m_t` and :math:`v_t`, and :math:`\hat v_t = v_t / (1 - b_2^t)`.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -516,37 +562,44 @@ def nadam(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
-      nesterov: False gives plain Adam, as in optax. Default True.
-      momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
-        the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
-        Default None.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
+      nesterov: whether to look one step ahead with the first moment; False gives plain Adam.
+        Default True.
+      momentum_decay: :math:`\psi`, at least 0, of Dozat's momentum schedule: a number or a 0-d
+        array. The look-ahead then uses the rate :math:`b_1 (1 - 0.96^{t \psi} / 2)` in place of
+        :math:`b_1`, which must be no schedule. PyTorch's is 4e-3. None, the default: the rate stays
+        :math:`b_1`.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32. The updates
-      are bit for bit those of `optax.nadam`, except that compiled for a CPU those of leaves of a
-      few elements may differ in the last bit.
+      are bit for bit those of `optax.nadam`, except that on a CPU the updates of leaves of a few
+      elements may differ in the last bit.
 
     Raises:
-      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
-        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
-        or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, if
+        `momentum_decay` is without `nesterov` or with a schedule for `b1`, or if `mask` is without
+        `weight_decay`; in `update`, if a gradient does not match its parameter, naming the leaf, or
+        if weights decay and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -582,9 +635,12 @@ def nadamw(
 ) -> Optimizer:
     r"""AdamW with Nesterov's momentum.
 
-    .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
+    .. math:: u_t = -\alpha_t \Big( \frac{\hat m_t}{\sqrt{\hat v_t} + \varepsilon}
+                                    + \lambda \theta_{t-1} \Big), \qquad
+              \hat m_t = b_1 \frac{m_t}{1 - b_1^{t+1}} + (1 - b_1) \frac{g_t}{1 - b_1^t}
 
-    with NAdam's direction :math:`d_t` and the parameters :math:`\theta`.
+    with the parameters :math:`\theta`, Adam's moments :math:`m_t` and :math:`v_t`, and
+    :math:`\hat v_t = v_t / (1 - b_2^t)`.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -593,20 +649,24 @@ def nadamw(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. Default 1e-4.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
-      nesterov: False gives plain AdamW, as in optax. Default True.
-      momentum_decay: :math:`\psi` of Dozat's momentum schedule, as in PyTorch, where it is 4e-3;
-        the look-ahead then uses :math:`b_1 (1 - 0.96^{t \psi} / 2)`. None keeps it at :math:`b_1`.
-        Default None.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 1e-4.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
+      nesterov: whether to look one step ahead with the first moment; False gives plain AdamW.
+        Default True.
+      momentum_decay: :math:`\psi`, at least 0, of Dozat's momentum schedule: a number or a 0-d
+        array. The look-ahead then uses the rate :math:`b_1 (1 - 0.96^{t \psi} / 2)` in place of
+        :math:`b_1`, which must be no schedule. PyTorch's is 4e-3. None, the default: the rate stays
+        :math:`b_1`.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
@@ -618,9 +678,11 @@ def nadamw(
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
-        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
+        if `momentum_decay` is without `nesterov` or with a schedule for `b1`; in `update`, if a
+        gradient does not match its parameter, naming the leaf, or if `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -660,6 +722,9 @@ def amsgrad(
 
     .. math:: u_t = -\alpha_t \hat m_t / (\sqrt{\max_{s \le t} \hat v_s} + \varepsilon)
 
+    with Adam's debiased averages :math:`\hat m_t = m_t / (1 - b_1^t)` of the gradients and
+    :math:`\hat v_t = v_t / (1 - b_2^t)` of their squares.
+
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
@@ -667,37 +732,45 @@ def amsgrad(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
       bias_correction_mu: whether to debias the first moment; False in the paper. Default True.
       bias_correction_nu: whether to debias the second moment; False in the paper. Default True.
-      max_before_correction: whether to take the maximum of the raw moments and correct that
-        (PyTorch, Keras) or of the corrected ones (optax). Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
-      nesterov: whether to look one step ahead with the first moment. Default False.
+      max_before_correction: whether to take the maximum of the raw second moments and correct that
+        (PyTorch, Keras), or the maximum of the corrected ones (optax). Default False.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. True needs `max_before_correction` and both bias corrections.
+        Default False.
+      nesterov: whether to look one step ahead with the first moment; True needs
+        `bias_correction_mu`. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
-      nu_storage: how to keep the second moment between two steps: a storage, from
+      nu_storage: how to keep the second moment, and its maximum, between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`,
       `state[0].nu` and `state[2].nu_max` are shaped like the parameters, 12 bytes a parameter in
-      float32.
+      float32. (`nu_max` is one place earlier with `max_before_correction`, one later with
+      `nesterov`.)
 
     Raises:
-      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
-        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
-        or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, if
+        `eps_hat` or `nesterov` is without what it needs, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -745,7 +818,17 @@ def radam(
 ) -> Optimizer:
     r"""Rectified Adam: momentum until the second moment has seen enough gradients, then Adam.
 
-    .. math:: u_t = -\alpha_t r_t \hat m_t / (\sqrt{\hat v_t} + \varepsilon)
+    .. math::
+
+      u_t = -\alpha_t r_t \frac{\hat m_t}{\sqrt{\hat v_t} + \varepsilon}
+      \text{ if } \rho_t \ge \text{threshold, else } -\alpha_t \hat m_t, \qquad
+      r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}
+                      {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}
+
+    with Adam's debiased averages :math:`\hat m_t = m_t / (1 - b_1^t)` of the gradients and
+    :math:`\hat v_t = v_t / (1 - b_2^t)` of their squares. The length
+    :math:`\rho_t = \rho_\infty - 2 t b_2^t / (1 - b_2^t)` is the number of gradients that v
+    averages in effect, and :math:`\rho_\infty = 2 / (1 - b_2) - 1` its limit.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -754,31 +837,37 @@ def radam(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      threshold: the length of the average from which on to divide, at least 4. Default 5.0.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      threshold: the least :math:`\rho_t` at which to divide, at least 4: a number or a 0-d array.
+        Default 5.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps_hat: whether the epsilons are added before the bias correction, as in PyTorch, and not
+        after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -811,7 +900,11 @@ def adabelief(
 ) -> Optimizer:
     r"""AdaBelief: divide by how far the gradients are from their moving average.
 
-    .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
+    .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}, \qquad
+              u_t = -\alpha_t \hat m_t / (\sqrt{\hat v_t} + \varepsilon)
+
+    with Adam's first moment :math:`m_t`, :math:`\hat m_t = m_t / (1 - b_1^t)` and
+    :math:`\hat v_t = v_t / (1 - b_2^t)`.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -820,30 +913,35 @@ def adabelief(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-16.
-      eps_root: added to the second moment that is kept, at every step. Default 1e-16.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-16.
+      eps_root: added to the stored second moment at every step: a number or a 0-d array. Default
+        1e-16.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps_hat: whether `eps` is added before the bias correction, by the convention of Keras, and
+        not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -882,12 +980,14 @@ def adamax(
 
     .. math:: u_t = -\alpha_t \hat m_t / n_t, \qquad n_t = \max(b_2 n_{t-1}, |g_t| + \varepsilon)
 
+    with Adam's debiased first moment :math:`\hat m_t = m_t / (1 - b_1^t)`.
+
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.9.
-      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+      b2: the decay rate of the maximum :math:`n`, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
       eps: added to the magnitude of the gradient: a number or a 0-d array. Default 1e-8.
       nesterov: whether to look one step ahead with the first moment. Default False.
@@ -896,20 +996,24 @@ def adamax(
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
-      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32. `nu`
+      keeps :math:`n^2`.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -947,23 +1051,25 @@ def adamaxw(
 ) -> Optimizer:
     r"""Adamax with decoupled weight decay.
 
-    .. math:: u_t = -\alpha_t (d_t + \lambda \theta_{t-1})
+    .. math:: u_t = -\alpha_t (\hat m_t / n_t + \lambda \theta_{t-1}), \qquad
+              n_t = \max(b_2 n_{t-1}, |g_t| + \varepsilon)
 
-    with Adamax's direction :math:`d_t` and the parameters :math:`\theta`.
+    with Adam's debiased first moment :math:`\hat m_t = m_t / (1 - b_1^t)` and the parameters
+    :math:`\theta`.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
       b1: the decay rate of the first moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.9.
-      b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
+      b2: the decay rate of the maximum :math:`n`, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
       eps: added to the magnitude of the gradient: a number or a 0-d array. Default 1e-8.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. Default 1e-4.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 1e-4.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
       nesterov: whether to look one step ahead with the first moment. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
@@ -973,12 +1079,14 @@ def adamaxw(
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
-      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
+      and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32. `nu`
+      keeps :math:`n^2`.
 
     Raises:
-      ValueError: if a number is out of its range; in `init` and `update`, naming the leaf, if
-        parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range; in `update`, if a gradient does not match its
+        parameter, naming the leaf, or if `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -1018,7 +1126,11 @@ def yogi(
 ) -> Optimizer:
     r"""Yogi: Adam whose second moment grows or shrinks by a fixed share of the squared gradient.
 
-    .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
+    .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2, \qquad
+              u_t = -\alpha_t \hat m_t / (\sqrt{\hat v_t} + \varepsilon)
+
+    with Adam's first moment :math:`m_t`, :math:`\hat m_t = m_t / (1 - b_1^t)` and
+    :math:`\hat v_t = v_t / (1 - b_2^t)`. Both moments start at 1e-6, as in optax.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -1027,30 +1139,35 @@ def yogi(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 0.001.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        0.001.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       nesterov: whether to look one step ahead with the first moment. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -1089,9 +1206,15 @@ def lamb(
     mu_storage: "StorageLike" = None,
     nu_storage: "StorageLike" = None,
 ) -> Optimizer:
-    r"""LAMB: AdamW whose step has, leaf by leaf, the norm of the parameters.
+    r"""LAMB: AdamW whose direction is scaled, leaf by leaf, to the norm of the parameters.
 
     .. math:: u_t = -\alpha_t \frac{\|\theta\|}{\|d_t + \lambda \theta\|} (d_t + \lambda \theta)
+
+    with the parameters :math:`\theta` before the step and Adam's direction
+    :math:`d_t = \hat m_t / (\sqrt{\hat v_t} + \varepsilon)`, where
+    :math:`\hat m_t = m_t / (1 - b_1^t)` is the debiased average of the gradients and
+    :math:`\hat v_t = v_t / (1 - b_2^t)` that of their squares. Where one of the two norms is 0,
+    their ratio is taken to be 1.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -1100,16 +1223,18 @@ def lamb(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-6.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. Default 0.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-6.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the trust ratio
+        and the learning rate multiply both; `update` needs `params`. Default 0.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
@@ -1121,9 +1246,10 @@ def lamb(
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range; in `init` and `update`, naming the leaf, if
-        parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range; in `update`, if a gradient does not match its
+        parameter, naming the leaf, or if `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -1157,6 +1283,9 @@ def adam_atan2(
 
     .. math:: u_t = -\alpha_t a \operatorname{atan2}(\hat m_t, \sqrt{\hat v_t})
 
+    with Adam's debiased averages :math:`\hat m_t = m_t / (1 - b_1^t)` of the gradients and
+    :math:`\hat v_t = v_t / (1 - b_2^t)` of their squares.
+
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
@@ -1164,28 +1293,31 @@ def adam_atan2(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      scale: the factor :math:`a`, a number or a 0-d array; :math:`4 / \pi` makes the first step 1.
-        Default 4 / math.pi.
+      scale: the factor :math:`a`, at least 0: a number or a 0-d array. The default,
+        :math:`4 / \pi`, makes the first update :math:`\pm \alpha`, as Adam's is.
       nesterov: whether to look one step ahead with the first moment. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -1220,6 +1352,9 @@ def laprop(
     .. math:: m_t = (1 - b_1) \frac{g_t}{\sqrt{\hat v_t} + \varepsilon} + b_1 m_{t-1},
               \qquad u_t = -\alpha_t \hat m_t
 
+    with Adam's second moment :math:`v_t`, :math:`\hat v_t = v_t / (1 - b_2^t)` and
+    :math:`\hat m_t = m_t / (1 - b_1^t)`.
+
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
@@ -1227,29 +1362,34 @@ def laprop(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-15.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-15.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu`
       and `state[2].mu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in `init`
-        and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or if `mask` is without `weight_decay`; in
+        `update`, if a gradient does not match its parameter, naming the leaf, or if weights decay
+        and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -1285,8 +1425,12 @@ def adopt(
 
     .. math::
 
-      m_t = (1 - b_1) \operatorname{clip}(g_t / \max(\sqrt{v_{t-1}}, \varepsilon), t^{1/4})
-            + b_1 m_{t-1}
+      m_t = (1 - b_1) \operatorname{clip}(g_t / \max(\sqrt{v_{t-1}}, \varepsilon),
+            (t - 1)^{1/4}) + b_1 m_{t-1}, \qquad u_t = -\alpha_t m_t, \\
+      v_1 = |g_1|^2, \qquad v_t = (1 - b_2) |g_t|^2 + b_2 v_{t-1}
+
+    where :math:`\operatorname{clip}(x, c)` limits every element to :math:`[-c, c]`. The first
+    gradient only starts v: the update of step 1 is 0.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -1295,29 +1439,33 @@ def adopt(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.9999.
-      eps: the least divisor, a number or a 0-d array. Default 1e-6.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
-      use_clipping: whether to clip at :math:`t^{1/4}`. Default True.
+      eps: the least divisor, at least 0: a number or a 0-d array. Default 1e-6.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
+      use_clipping: whether to clip at :math:`(t - 1)^{1/4}`. Default True.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. None, the default: no decay.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` then needs `params`. None, the
+        default: no decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
 
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].nu`
-      and `state[5].mu` are shaped like the parameters, 8 bytes a parameter in float32.
+      and `state[5].mu` (`state[4].mu` without clipping) are shaped like the parameters, 8 bytes a
+      parameter in float32.
 
     Raises:
       ValueError: if a number is out of its range, if `mu_dtype` and `mu_storage` are both given, or
-        if `mask` is without `weight_decay`; in `init` and `update`, naming the leaf, if parameters
-        or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+        if `mask` is without `weight_decay`; in `update`, if a gradient does not match its
+        parameter, naming the leaf, or if weights decay and `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf, or if `use_clipping` meets
+        a complex gradient.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -1363,7 +1511,12 @@ def ademamix(
 ) -> Optimizer:
     r"""AdEMAMix: Adam with a second, slower first moment mixed in.
 
-    .. math:: u_t = -\alpha_t (\hat m_t + \alpha s_t) / (\sqrt{\hat v_t} + \varepsilon)
+    .. math:: u_t = -\alpha_t (\hat m_t + a s_t) / (\sqrt{\hat v_t} + \varepsilon), \qquad
+              s_t = (1 - b_3) g_t + b_3 s_{t-1}
+
+    with Adam's debiased averages :math:`\hat m_t = m_t / (1 - b_1^t)` of the gradients and
+    :math:`\hat v_t = v_t / (1 - b_2^t)` of their squares. The
+    slow moment s is not debiased.
 
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
@@ -1374,18 +1527,22 @@ def ademamix(
         Default 0.999.
       b3: the decay rate of the slow moment :math:`s`, in [0, 1): a number, a 0-d array or a
         schedule. Default 0.9999.
-      alpha: the share of the slow moment: a number, a 0-d array or a schedule. Default 5.0.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. Default 0.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      alpha: the factor :math:`a` of the slow moment, at least 0: a number, a 0-d array or a
+        schedule. Default 5.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 0.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
-        or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
+      mu_storage: how to keep both first moments between two steps: a storage, from
+        `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
+        parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
         `adam_jax.storage` or your own, or a dtype. None, the default: in the dtype of the
         parameter, at least float32.
@@ -1393,12 +1550,14 @@ def ademamix(
     Returns:
       A gradient transformation. Its state is a tuple with an entry for each stage: `state[0].mu`,
       `state[0].nu` and `state[2].mu_slow` are shaped like the parameters, 12 bytes a parameter in
-      float32.
+      float32. (With `nesterov` it is `state[3].mu_slow`.)
 
     Raises:
       ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
-        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+        in `update`, if a gradient does not match its parameter, naming the leaf, or if `params` is
+        missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax, optax
@@ -1437,16 +1596,16 @@ def lion(
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
-      b1: the rate of the average that is stepped with, in [0, 1): a number or a 0-d array. Default
-        0.9.
-      b2: the rate of the average that is kept, in [0, 1): a number, a 0-d array or a schedule.
-        Default 0.99.
-      mu_dtype: optax's way to give `mu_storage` a dtype. Default None.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. Default 0.001.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      b1: the decay rate of the average whose sign is taken, in [0, 1): a number or a 0-d array.
+        Default 0.9.
+      b2: the decay rate of the average that is kept, in [0, 1): a number, a 0-d array or a
+        schedule. Default 0.99.
+      mu_dtype: optax's name for a dtype given as `mu_storage`; give one of the two. Default None.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 0.001.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
 
@@ -1456,8 +1615,10 @@ def lion(
 
     Raises:
       ValueError: if a number is out of its range, or if `mu_dtype` and `mu_storage` are both given;
-        in `init` and `update`, naming the leaf, if parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+        in `update`, if a gradient does not match its parameter, naming the leaf, or if `params` is
+        missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax
@@ -1495,6 +1656,10 @@ def cautious_adamw(
     .. math:: u_t = -\alpha_t (d_t \phi_t / \operatorname{mean} \phi_t + \lambda \theta_{t-1}),
               \qquad \phi_t = [d_t \cdot g_t > 0]
 
+    with Adam's direction :math:`d_t` and the parameters :math:`\theta`. Element by element
+    :math:`\phi_t` is 1 where :math:`d_t` and the gradient :math:`g_t` have the same sign, and 0
+    elsewhere; its mean is over the leaf, and at least 1e-3.
+
     Args:
       learning_rate: the step size :math:`\alpha`, at least 0: a number, a 0-d array or a schedule
         from the number of steps taken so far to the rate.
@@ -1502,16 +1667,18 @@ def cautious_adamw(
         Default 0.9.
       b2: the decay rate of the second moment, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the root, at least 0: a number or a 0-d array. Default 1e-8.
-      eps_root: added under the root, at least 0: a number or a 0-d array. Default 0.
-      weight_decay: the rate :math:`\lambda` of decoupled weight decay, which adds
-        :math:`\lambda \theta` to the direction and so is multiplied with the learning rate, as in
-        PyTorch: a number, a 0-d array or a schedule. Default 1e-4.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. None, the default: all of them.
+      eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
+        1e-8.
+      eps_root: added to the second moment under the root, at least 0: a number or a 0-d array.
+        Default 0.
+      weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
+        array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
+        rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 1e-4.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. None, the default: all of them.
       nesterov: whether to look one step ahead with the first moment. Default False.
-      eps_hat: whether the epsilons are those of the uncorrected second moment, as in Keras. Default
-        False.
+      eps_hat: whether the epsilons are added before the bias correction, by the convention of
+        Keras, and not after it. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
       nu_storage: how to keep the second moment between two steps: a storage, from
@@ -1523,9 +1690,10 @@ def cautious_adamw(
       and `state[0].nu` are shaped like the parameters, 8 bytes a parameter in float32.
 
     Raises:
-      ValueError: if a number is out of its range; in `init` and `update`, naming the leaf, if
-        parameters or gradients do not fit.
-      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range; in `update`, if a gradient does not match its
+        parameter, naming the leaf, or if `params` is missing.
+      TypeError: if an argument is of the wrong kind; in `init` or `update`, if a parameter or a
+        gradient is neither floating point nor complex, naming the leaf.
 
     Example:
       >>> import adam_jax

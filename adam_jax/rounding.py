@@ -39,6 +39,10 @@ def round_stochastically(seed: int = 0) -> optax.GradientTransformationExtraArgs
 
     .. math:: q = \lfloor p + u \rfloor \text{ or } \lceil p + u \rceil, \qquad E[q] = p + u
 
+    where the two are the nearest numbers below and above in the dtype of the parameter p. The stage
+    emits :math:`q - p` in float32, so that `optax.apply_updates` gives exactly q. Updates of
+    parameters of at least 32 bits pass through unchanged.
+
     The random bits are a function of the seed, the step count and the leaf's index in the tree, so
     a run can be repeated, on one device or on many. Inside `jax.shard_map` every shard draws bits
     of its own.
@@ -97,8 +101,9 @@ class CompensateState(NamedTuple):
     """The state of `compensate`.
 
     Attributes:
-      residual: the exact values minus the parameters, a tree shaped like the parameters; False, a
-        placeholder with as many axes, for parameters of at least 32 bits.
+      residual: the exact values minus the parameters, a tree shaped like the parameters, in
+        bfloat16 or int8. For a parameter of at least 32 bits there is a placeholder, False, with as
+        many axes.
     """
 
     residual: optax.Params
@@ -112,9 +117,14 @@ def compensate(
     .. math:: q_t = \operatorname{round}(p_{t-1} + r_{t-1} + u_t), \qquad
               r_t = p_{t-1} + r_{t-1} + u_t - q_t
 
+    The sum is computed in float32 and rounded to the dtype of the parameter p. The stage emits
+    :math:`q_t - p_{t-1}` in float32, so that `optax.apply_updates` gives exactly :math:`q_t`.
+    Updates of parameters of at least 32 bits pass through unchanged.
+
     Args:
-      residual: how to keep :math:`r`: "bfloat16" takes two bytes per parameter. "int8" takes one,
-        and counts 1/254 of the distance from the parameter to the next number. Default "bfloat16".
+      residual: how to keep :math:`r`: "bfloat16" takes two bytes per parameter; "int8" takes one,
+        which counts 1/254 of the distance from the parameter to the next number of its dtype.
+        Default "bfloat16".
 
     Returns:
       A gradient transformation from updates to updates, with a `CompensateState`, for the end of a
@@ -122,7 +132,8 @@ def compensate(
 
     Raises:
       ValueError: if `residual` is neither of the two; in `update`, without `params`, or if an
-        update has another shape than its parameter, naming the leaf.
+        update has another shape than its parameter, or the state is of other parameters, naming
+        the leaf.
       TypeError: in `init`, if a parameter has fewer than 16 bits; in `update`, if it gets
         `Moments`.
 

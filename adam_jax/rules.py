@@ -53,11 +53,12 @@ def belief(
     .. math:: v_t = (1 - b_2) |g_t - m_t|^2 + b_2 v_{t-1} + \varepsilon_{root}
 
     Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment :math:`m_t`, already updated.
-      nu: the second moment :math:`v_{t-1}`, real.
+      grad: the gradient :math:`g_t` of one leaf, real or complex, at least float32.
+      mu: the first moment :math:`m_t`, already updated, same shape.
+      nu: the second moment :math:`v_{t-1}`, same shape, real.
       decay: the rate :math:`b_2`, a scalar.
-      eps_root: added at every step, to the moment that is kept. Default 0.
+      eps_root: added to the second moment at every step, so that it adds up: a number or a 0-d
+        array. Default 0.
 
     Returns:
       The second moment :math:`v_t`, shape and dtype of `nu`.
@@ -78,9 +79,9 @@ def yogi(grad: jax.Array, mu: jax.Array, nu: jax.Array, decay: jax.Array | float
     .. math:: v_t = v_{t-1} - (1 - b_2) \operatorname{sign}(v_{t-1} - |g_t|^2) |g_t|^2
 
     Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment, not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, real.
+      grad: the gradient :math:`g_t` of one leaf, real or complex, at least float32.
+      mu: the first moment, same shape; not used by this rule.
+      nu: the second moment :math:`v_{t-1}`, same shape, real.
       decay: the rate :math:`b_2`, a scalar.
 
     Returns:
@@ -110,14 +111,15 @@ def infinity(
 
     .. math:: \sqrt{v_t} = \max(b_2 \sqrt{v_{t-1}}, |g_t| + \varepsilon)
 
-    A maximum gathers no weight: follow it with ``debias(nu=False)`` and ``normalize(eps=0)``.
+    A maximum is not biased towards its start at 0: after `scale_by_moments` with this rule put
+    ``debias(nu=False)`` and ``normalize(eps=0)``.
 
     Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment, not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, real.
+      grad: the gradient :math:`g_t` of one leaf, real or complex, at least float32.
+      mu: the first moment, same shape; not used by this rule.
+      nu: the second moment :math:`v_{t-1}`, same shape, real.
       decay: the rate :math:`b_2`, a scalar.
-      eps: added to the magnitude of the gradient. Default 0.
+      eps: added to the magnitude of the gradient: a number or a 0-d array. Default 0.
 
     Returns:
       The second moment :math:`v_t`, shape and dtype of `nu`.
@@ -140,12 +142,13 @@ def accumulated(
 
     .. math:: v_t = v_{t-1} + |g_t|^2
 
-    A sum does not decay: with ``b2=0`` its weight is 1 from the first step on.
+    A sum does not decay, and there is nothing to debias: give `scale_by_moments` ``b2=0``, by which
+    the weight is 1 from the first step on.
 
     Args:
-      grad: the gradient :math:`g_t` of one leaf.
-      mu: the first moment, not used by this rule.
-      nu: the second moment :math:`v_{t-1}`, real.
+      grad: the gradient :math:`g_t` of one leaf, real or complex, at least float32.
+      mu: the first moment, same shape; not used by this rule.
+      nu: the second moment :math:`v_{t-1}`, same shape, real.
       decay: not used by this rule.
 
     Returns:
@@ -178,7 +181,7 @@ def from_first_gradient(b2: "Rate") -> optax.Schedule:
 
     Raises:
       ValueError: if `b2` is outside [0, 1), not a scalar or in less than float32.
-      TypeError: if it is not a number, an array or a schedule.
+      TypeError: if `b2` is not a number, an array or a schedule.
 
     Example:
       >>> rate = from_first_gradient(0.9)

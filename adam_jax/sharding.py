@@ -20,28 +20,30 @@ def state_shardings(
 ) -> Any:
     """Derive the shardings of an optimizer's state from those of the parameters.
 
-    What belongs to a parameter is sharded axis by axis as the parameter is: moments, their codes
-    and scales, rows and columns, residuals, gradients that are gathered over several steps. An axis
-    that the mesh does not divide is replicated, and so are counts, weights, and all that belongs to
-    no parameter. An axis that was dropped or added is found by the lengths of the others; where
-    that has two answers, as for the rows of a square matrix in `optax.adafactor`, it is replicated
-    too. What `storage.on_host` keeps gets shardings of pinned host memory.
+    Arrays of the state that belong to a parameter are sharded axis by axis as the parameter is:
+    moments, their codes and scales, row and column means, residuals, gradients that are accumulated
+    over several steps. An axis whose length the mesh does not divide is replicated, and so are
+    counts, weights, and all that belongs to no parameter. If an array has an axis more or fewer
+    than its parameter, the axes are matched by their lengths; an axis with two possible matches, as
+    that of the rows of a square matrix in `optax.adafactor`, is replicated too. What
+    `storage.on_host` keeps gets shardings of pinned host memory.
 
     With `zero` the state of a parameter that is not sharded over that axis of the mesh is sharded
-    over it, all parts of it along one axis of the parameter: the one that leaves the fewest bytes
-    on a device (so blocks of 8 bits are not cut where another axis does as well), of those the
-    longest. What no axis divides stays replicated. This is stage 1 of ZeRO: a step adds up the
-    gradients, updates a part of the state on each device, and gathers the new parameters, in their
-    dtype: with bfloat16 weights and `compensate("int8")`, compiled for sixteen chips of a v5e, 2
-    bytes a parameter, and no moments (XLA for a CPU gathers bfloat16 as float32).
+    over it. All its arrays are split along the same axis of the parameter: the one that leaves the
+    fewest bytes on a device (so blocks of 8 bits are not cut if another axis does as well), and of
+    several such axes the longest. What no axis divides stays replicated. This is stage 1 of ZeRO: a
+    step adds up the gradients, updates a part of the state on each device, and gathers the new
+    parameters in their dtype, not the moments: with bfloat16 weights and `compensate("int8")`,
+    compiled for sixteen chips of a v5e, 2 bytes a parameter (XLA for a CPU gathers bfloat16 as
+    float32).
 
     Make the state with ``jax.jit(tx.init, out_shardings=shardings)``: each device makes its own
-    part and never holds a whole moment. On several processes, and on several devices that XLA
-    simulates on a CPU, it must be made so: call by call, collectives start in different orders, and
-    may wait for each other forever.
+    part and never holds a whole moment. With several processes, and with several devices that XLA
+    simulates on a CPU, always make it so: outside of `jax.jit`, devices may start collectives in
+    different orders and wait for each other forever.
     Where a framework calls `init`, give it ``optax.GradientTransformationExtraArgs(init,
-    tx.update)`` with this compiled `init`. (Flax NNX shards all that is in the box of an annotated
-    parameter by the annotation, though it may not divide the scales: annotate with
+    tx.update)`` with this compiled `init`. (Flax NNX shards all that stands in an annotated
+    `nnx.Variable` by the annotation, though that may not divide the scales of `int8`: annotate with
     ``eager_sharding=False``.)
 
     Compile the step with the shardings of the parameters and these as `out_shardings`, as below:

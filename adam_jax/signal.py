@@ -27,13 +27,15 @@ class Moments(NamedTuple):
 
     Attributes:
       grad: the gradient of this step, shape and dtype of the leaf.
-      intact: a boolean scalar, true. A stage that takes the moments for updates and does arithmetic
-        on them gets an error from it (it comes before the averages, so that they do not fail
-        first); one that sets them to zero makes it false, and the update 0.
+      intact: a boolean scalar, True, by which a transformation that takes the moments for updates
+        is noticed. Arithmetic on it raises a TypeError that says where to put the transformation
+        (it is the field before the averages, so that it is met first). If all is set to zero, it
+        becomes False, and the update is 0.
       mu: the first moment, an `Average` whose value is at least float32 (or complex64). Where
         `scale_by_moments` was told to keep none, its value is the gradient.
       nu: the second moment, an `Average` whose value is real; None where none is kept.
-      rounded: () where the moments lose digits between two steps, None where they do not.
+      rounded: () if a storage rounds the moments between two steps, None if not. `center` takes no
+        rounded moments.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp

@@ -66,7 +66,7 @@ def gram(grads: optax.Updates) -> jax.Array:
       grads: a tree whose leaves have one leading axis of k tasks.
 
     Returns:
-      A symmetric k × k matrix, in at least float32; float64 if a leaf is.
+      A symmetric k × k matrix, float32, or float64 if a leaf is float64 or complex128.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -98,7 +98,9 @@ def combine(grads: optax.Updates, weights: jax.Array, params: Any = None) -> opt
     Args:
       grads: a tree whose leaves have one leading axis of k tasks.
       weights: an array of k real numbers.
-      params: the parameters. Where one has a wider dtype than its gradient, so has the result.
+      params: the parameters, a tree like `grads` without the leading axis. Where a parameter has a
+        wider dtype than its gradient, the result has that dtype. None, the default: the dtypes of
+        `grads`.
 
     Returns:
       A tree like `grads` without the leading axis. The sum is computed in at least float32.
@@ -147,8 +149,8 @@ def weighted(
 
     Raises:
       ValueError: if the weights are not a vector of finite numbers; in `update`, if there are more
-        or fewer weights than tasks.
-      TypeError: if the weights are not numbers.
+        or fewer weights than tasks, or a gradient has no axis of tasks, naming the leaf.
+      TypeError: if the weights are not real numbers; in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -204,13 +206,18 @@ def mgda() -> optax.GradientTransformationExtraArgs:
 
     Every :math:`\langle g_i, d \rangle` is at least :math:`\|d\|^2`. Where no step descends for all
     tasks the update is 0, even if the mean of the losses could still fall much. The smallest
-    gradients count most; `per_task` can bring all to one size first.
+    gradients have the largest weights; `per_task` can bring all to one size first.
 
     The minimum is exact up to rounding.
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks, as
-      `jax.jacrev` of a function to all losses makes them, to one gradient.
+      `jax.jacrev` of the vector of losses makes them, to one gradient.
+
+    Raises:
+      ValueError: in `update`, if a gradient has no axis of tasks, or the leaves differ in the
+        number of tasks, naming the leaf.
+      TypeError: in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -238,15 +245,16 @@ def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraAr
     .. math:: d' = \arg\max_{\|d' - g_0\| \le c \|g_0\|} \min_i \langle g_i, d' \rangle,
               \qquad g_0 = \frac 1k \sum_i g_i, \qquad d = \frac{d'}{1 + c}
 
-    Its weights are those of :math:`g_0` and of one convex combination :math:`g_w`,
+    The direction :math:`d'` is a sum of :math:`g_0` and one convex combination
+    :math:`g_w = \sum_i w_i g_i`,
 
     .. math:: d' = g_0 + c \frac{\|g_0\|}{\|g_w\|} g_w, \qquad
               w = \arg\min \langle g_w, g_0 \rangle + c \, \|g_0\| \|g_w\|
 
-    which is the problem of `mgda` with a linear term, and is solved by the same steps. With c = 0
-    the direction is the mean. With c < 1 training ends at a minimum of the mean of the losses. The
-    larger c, the nearer to `mgda`. The worst task descends at least as much as along
-    :math:`g_0 / (1 + c)`.
+    which is the problem of `mgda` with a linear term, solved by the same iteration. With c = 0 the
+    direction is the mean. With c < 1 training ends at a minimum of the mean of the losses. The
+    larger c is, the nearer the direction is to that of `mgda`. The worst task descends at least as
+    much as along :math:`g_0 / (1 + c)`.
 
     Args:
       c: the radius in units of the mean gradient, finite and at least 0: a number or a 0-d array.
@@ -254,12 +262,13 @@ def cagrad(c: jax.typing.ArrayLike = 0.5) -> optax.GradientTransformationExtraAr
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks, as
-      `jax.jacrev` of a function to all losses makes them, to one gradient. The division by
-      1 + c is that of the authors' code, so that equal tasks give the gradient of one.
+      `jax.jacrev` of the vector of losses makes them, to one gradient. The division by 1 + c is
+      that of the authors' code, so that equal tasks give the gradient of one.
 
     Raises:
-      ValueError: if `c` is negative, infinite, NaN or not a scalar.
-      TypeError: if `c` is not a number.
+      ValueError: if `c` is negative, infinite, NaN or not a scalar; in `update`, if a gradient has
+        no axis of tasks, or the leaves differ in the number of tasks, naming the leaf.
+      TypeError: if `c` is not a number; in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -385,10 +394,12 @@ def pcgrad(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     Returns:
       A gradient transformation from gradients with a leading axis of tasks to one gradient, with a
-      `CountState`. It is the mean, where the paper takes the sum.
+      `CountState`. The gradient is the mean, where the paper takes the sum.
 
     Raises:
-      TypeError: if `seed` is not an integer.
+      ValueError: in `update`, if a gradient has no axis of tasks, or the leaves differ in the
+        number of tasks, naming the leaf.
+      TypeError: if `seed` is not an integer; in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -428,7 +439,7 @@ def _projected(m: jax.Array, order: jax.Array) -> jax.Array:
 
 
 def aligned_mtl() -> optax.GradientTransformationExtraArgs:
-    r"""Whiten the gradients, all to the smallest singular value, and take the mean.
+    r"""Whiten the gradients, bring all to the smallest singular value, and take the mean.
 
     .. math:: d = \frac 1k \sum_{ij} B_{ij} g_j, \qquad B = \sqrt{\lambda_{\min}} \, M^{-1/2}
 
@@ -441,7 +452,12 @@ def aligned_mtl() -> optax.GradientTransformationExtraArgs:
 
     Returns:
       A stateless gradient transformation from gradients with a leading axis of tasks, as
-      `jax.jacrev` of a function to all losses makes them, to one gradient.
+      `jax.jacrev` of the vector of losses makes them, to one gradient.
+
+    Raises:
+      ValueError: in `update`, if a gradient has no axis of tasks, or the leaves differ in the
+        number of tasks, naming the leaf.
+      TypeError: in `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -481,8 +497,9 @@ def gradnorm(
               \sum_i \Big| w_i \|g_i\| - r_i^\alpha \cdot \frac 1k \sum_j w_j \|g_j\| \Big|
               \to \min_w
 
-    The weights start at 1. In every step `adam` takes one step on this sum, in which the term after
-    the minus sign is constant. Then negative weights become 0, and all are scaled to the sum k.
+    with the losses :math:`L_i`, and :math:`L_i(0)` those of the first step. The weights start at 1.
+    In every step `adam` takes one step on the last sum, in which the term after the minus sign
+    counts as constant. Then negative weights become 0, and all are scaled to the sum k.
 
     ``update(grads, state, params, value=losses)`` needs the k losses, which must be positive. The
     norms are those of all leaves that the stage gets; in the paper, those of one shared layer.
@@ -490,7 +507,7 @@ def gradnorm(
     parameters, and the loss ``jnp.sum(jnp.exp(-s) * losses + s)`` has one gradient.)
 
     Args:
-      tasks: the number k of tasks.
+      tasks: the number k of tasks, a positive integer.
       alpha: how much more weight a slow task gets, finite and at least 0: a number or a 0-d array.
         Default 1.5.
       learning_rate: the learning rate of the weights: a number, a 0-d array or a schedule. Default
@@ -498,12 +515,14 @@ def gradnorm(
 
     Returns:
       A gradient transformation from gradients with a leading axis of tasks to one gradient, with a
-      `GradnormState`. It is the mean, where the paper takes the sum.
+      `GradnormState`. The gradient is the mean, where the paper takes the sum.
 
     Raises:
       ValueError: if `tasks` is not positive, or `alpha` or the rate is out of range; in `update`,
-        without the losses, or if there are more or fewer losses than tasks.
-      TypeError: if one of the arguments is not a number.
+        without the losses, if there are more or fewer losses than tasks, or if a gradient has no
+        axis of tasks, naming the leaf.
+      TypeError: if `tasks` is not an integer, or `alpha` or the rate of another kind than above; in
+        `update`, if it gets `Moments`.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -564,8 +583,8 @@ class GradnormState(NamedTuple):
 
     Attributes:
       count: the number of steps taken, an int32 scalar that saturates.
-      weights: the weights of the k tasks, of sum k, in the default float dtype.
-      initial: the losses of the first step.
+      weights: the weights of the k tasks, of sum k, a vector in the default float dtype.
+      initial: the k losses of the first step, a vector; zeros before it.
       learner: the state of the `adam` that learns the weights.
     """
 
@@ -581,7 +600,7 @@ class GradnormState(NamedTuple):
 def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""Run a chain on each task's gradient by itself, with moments and norms of its own.
 
-    Before a combination, it applies `tx` to the gradient of each task by itself. ::
+    Put it before a stage that combines the tasks. For instance ::
 
         optax.chain(
             adam_jax.tasks.per_task(
@@ -592,25 +611,26 @@ def per_task(tasks: int, tx: optax.GradientTransformation) -> optax.GradientTran
         )
 
     combines Adam's directions, whose size does not depend on the size of a loss, and keeps k times
-    the state; `mgda` before `adam` combines gradients. With `optax.normalize_by_update_norm` the
-    gradient of each task has length 1.
+    the state; `mgda` before `adam` combines the gradients. With
+    ``per_task(k, optax.normalize_by_update_norm())`` the gradient of each task has length 1.
 
-    (Elementwise stages need no wrapper: `scale_by_moments` before `mgda` gives the same, if `init`
+    (Elementwise stages need no wrapper: without it, the two stages above give the same, if `init`
     gets parameters with an axis of tasks.)
 
     Args:
-      tasks: the number k of tasks.
+      tasks: the number k of tasks, a positive integer.
       tx: a chain from the gradient of one task to a plain update.
 
     Returns:
       A gradient transformation from gradients with a leading axis of tasks to updates with that
-      axis. Its state is that of `tx`, with the axis on every leaf. `init` and `update` take the
-      parameters without it.
+      axis. Its state is that of `tx`, with a leading axis of tasks on every leaf. `init` and
+      `update` take the parameters without this axis.
 
     Raises:
       ValueError: if `tasks` is not positive; in `update`, if a gradient has another number of
         tasks, naming the leaf.
-      TypeError: if `tx` is no gradient transformation; in `update`, if `tx` emits `Moments`.
+      TypeError: if `tasks` is not an integer or `tx` no gradient transformation; in `update`, if it
+        gets `Moments`, or `tx` emits them.
 
     Example:
       >>> import adam_jax, optax, jax.numpy as jnp

@@ -114,25 +114,26 @@ def decay_weights(rate: "Rate", *, mask: "Mask" = None) -> optax.GradientTransfo
 
     .. math:: u \mapsto u + \lambda_t \theta
 
-    Before `scale_by_lr`, so that the learning rate multiplies the decay too, as in PyTorch.
+    Put it before `scale_by_lr`: then the learning rate multiplies the decay too, as in PyTorch's
+    AdamW.
 
     Args:
       rate: the rate :math:`\lambda`, finite and at least 0: a number, a 0-d array of at least
         float32, or a schedule from the number of steps taken so far to the rate. The number 0
         leaves the updates as they are.
-      mask: which leaves decay: a tree of booleans (or a prefix of one), or a function from the
-        parameters to it. In the other leaves the updates stay as they are. None, the default: all
-        decay.
+      mask: which leaves decay: a tree of booleans like the parameters, a prefix of one, or a
+        function from the parameters to one. In the other leaves the updates stay as they are. None,
+        the default: all of them.
 
     Returns:
-      A gradient transformation from updates to updates of the same dtype, stateless but for a
-      schedule, which has a `CountState`; `update` needs `params`. The sum is computed in at least
-      float32.
+      A gradient transformation from updates to updates of the same dtype: with a `CountState` if
+      the rate is a schedule, else stateless. `update` needs `params`. The sum is computed in at
+      least float32.
 
     Raises:
       ValueError: if the rate is negative, infinite, NaN, not a scalar or in less than float32; in
         `update`, without `params`, if a parameter has another shape than its update, or if the
-        mask is another tree.
+        mask is neither a tree like the updates nor a prefix of one.
       TypeError: if the rate is not a number, an array or a schedule, or the mask neither booleans
         nor a function; in `update`, if it gets `Moments`.
 
@@ -319,7 +320,8 @@ def scale_by_trust_ratio() -> optax.GradientTransformationExtraArgs:
 
     .. math:: u \mapsto \frac{\|\theta\|}{\|u\|} u
 
-    Where one of the two norms is 0 the update stays as it is, and the derivative is finite.
+    The norms are those of a leaf. Where one of them is 0 the update stays as it is, and the
+    derivative is finite.
 
     Returns:
       A stateless gradient transformation from updates to updates of the same dtype; `update` needs
@@ -369,14 +371,14 @@ def clip_by_schedule(limit: optax.Schedule) -> optax.GradientTransformationExtra
     .. math:: u \mapsto \min(\max(u, -c_t), c_t)
 
     Args:
-      limit: a schedule from the number of steps taken so far to the limit :math:`c_t`.
+      limit: a schedule from the number of steps taken so far to the limit :math:`c_t`, at least 0.
 
     Returns:
       A gradient transformation from real updates to updates of the same dtype, with a
       `CountState`. The limit is compared in at least float32.
 
     Raises:
-      TypeError: if `limit` is not a schedule; in `update`, if it gets `Moments`.
+      TypeError: if `limit` is not a schedule; in `update`, if it gets `Moments` or complex updates.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp

@@ -34,25 +34,30 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
 
     The step reads the parameters, the state and the gradients once and writes the parameters and
     the state once, in place if they are donated, and needs no other memory. XLA alone makes one
-    kernel of a float32 step, but not of moments in 8 or 4 bits.
+    kernel of a float32 step, but not of a step with moments in 8 or 4 bits.
 
     The chain stays the definition: `init` and the state are those of `tx`, and on a CPU, or called
-    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. The same computes the
-    leaves that get no kernel: small ones (under 4,096 elements), those in other dtypes than float32
-    and bfloat16 or in blocks of a length that is no power of two or along another axis than the
-    second-to-last (`adam_jax.storage.int8` says which), vectors on a TPU or in Mosaic GPU, on a TPU
-    matrices that XLA lays out by columns there (such as 768 × 1000, whose rows would not fill its
-    tiles), and in Mosaic GPU leaves whose last axis is no multiple of 128. Axes of length 1 do not
-    count. Compiled for an H100 and a v5e, 8-bit adamw moves 29.1 and 20.3 bytes a parameter of a
-    patch embedding (16, 16, 3, 768), with 0.8 and 1.6 bytes of temporaries, and 23.1 and 20.3 of
-    convolutions (512, 512, 3, 3), with 0.4 and 0.5; a kernel would move 16.3.
+    without `jax.jit`, the step is `tx.update` and `optax.apply_updates`. The plain chain also
+    computes the leaves that get no kernel (axes of length 1 do not count):
+
+    - small leaves, under 4,096 elements, and those in other dtypes than float32 and bfloat16;
+    - leaves whose blocks have a length that is no power of two, or lie along another axis than the
+      second-to-last (`adam_jax.storage.int8` says along which);
+    - on a TPU vectors, and matrices that XLA lays out by columns (such as 768 × 1000, whose rows
+      would not fill its tiles);
+    - in Mosaic GPU vectors, and leaves whose last axis is no multiple of 128.
+
+    Without a kernel, compiled for an H100 and a v5e, 8-bit adamw moves 29.1 and 20.3 bytes a
+    parameter of a patch embedding (16, 16, 3, 768), with 0.8 and 1.6 bytes of temporaries, and 23.1
+    and 20.3 of convolutions (512, 512, 3, 3), with 0.4 and 0.5; a kernel would move 16.3.
 
     The kernels are Pallas's: on TPUs Mosaic, on NVIDIA's GPUs Mosaic GPU where jax is at least 0.12
     and the GPU a Hopper (compute capability 9.0), and Triton for all of NVIDIA's GPUs where jax is
     older. On any other GPU the plain chain runs, and a warning says why.
 
     Sharded leaves: inside `jax.shard_map` and on meshes with explicit axes every device runs the
-    kernels of its shards. A leaf that cannot be split so is an error; it is never gathered.
+    kernels of its shards. A leaf that cannot be computed shard by shard is an error; no leaf is
+    ever gathered.
 
     Args:
       tx: a chain of stages that treat every element or block of a leaf by itself, of adam_jax,
@@ -60,7 +65,7 @@ def fused_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any
 
     Returns:
       A function `(params, state, grads, **extra_args) -> (params, state)`, to be compiled with
-      ``jax.jit(step, donate_argnums=(0, 1))``.
+      ``jax.jit(step, donate_argnums=(0, 1))``. Its state is made with ``tx.init(params)``.
 
     Raises:
       ValueError: when the step is traced, if a stage is not local: if an element of the result
@@ -94,20 +99,23 @@ def fuse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraA
     r"""Make a chain run as one kernel for each large leaf, on a GPU and a TPU.
 
     Like `fused_step`, for callers that apply the updates themselves: `nnx.Optimizer`, Flax's
-    `TrainState`, the wrappers of optax. The updates are written and read again, which costs 12
-    bytes a parameter in float32: 4 to write them, 8 to read them and the parameters when they are
-    applied. (Without weight decay the kernel does not read the parameters: 8 in all.) The updates
-    take the buffers of the gradients. If the gradients are needed after the step, or come from
-    outside of the compiled function, XLA copies them first, 8 bytes more.
+    `TrainState`, the wrappers of optax. The updates are written and read again, which costs
+    12 bytes a parameter in float32: 4 to write them, 8 to read the updates and the parameters when
+    they are applied. (Without weight decay the kernel does not read the parameters: 8 in all.) The
+    updates take the buffers of the gradients. If the gradients are needed after the step, or come
+    from outside of the compiled function, XLA copies them first, 8 bytes more.
 
     Args:
-      tx: a chain of stages as in `fused_step`.
+      tx: a chain of stages that treat every element or block of a leaf by itself, of adam_jax,
+        optax or your own.
 
     Returns:
-      The chain, with the same `init` and the same state.
+      A gradient transformation with the `init` and the state of `tx`.
 
     Raises:
-      ValueError: when `update` is traced, if a stage is not local. Chain that stage outside:
+      ValueError: when `update` is traced, if a stage is not local: if an element of the result
+        depends on more than its block of a large leaf, or on several leaves. Put that stage
+        outside:
         ``optax.chain(optax.clip_by_global_norm(1.0), adam_jax.fuse(adam_jax.adamw(1e-3)))``.
 
     Example:

@@ -12,9 +12,9 @@ from adam_jax.storage._protocol import Storage, in_dtype, only_first
 def cast(dtype: Any) -> Storage:
     r"""Keep a moment in another dtype, rounded to nearest, in small leaves too.
 
-    A dtype given as a storage means the same, and so does `mu_dtype`. A second moment in bfloat16
-    stalls: with :math:`b_2 = 0.999` it changes by less than half a spacing in a step, which rounds
-    to no change. `stochastic` does not stall.
+    A dtype given as `mu_storage` or `nu_storage` means the same, and so does `mu_dtype`. A second
+    moment in bfloat16 stalls: with :math:`b_2 = 0.999` a step changes it by less than half the
+    distance to the next number, which rounds to no change. With `stochastic` it does not stall.
 
     Args:
       dtype: a floating-point dtype; for the first moment of complex parameters a complex dtype. A

@@ -14,10 +14,10 @@ class Blocks(NamedTuple):
     """Moments as codes of 8 or 4 bits, in blocks along an axis: see `int8`.
 
     Attributes:
-      codes: the elements. 8-bit codes have the shape of the leaf; of 4-bit codes two neighbours
-        along the axis share a byte.
+      codes: the elements. 8-bit codes have the shape of the leaf, int8 for a first moment and uint8
+        for a second; of 4-bit codes two neighbours along the axis share a byte, a uint8.
       scales: one bfloat16 per block: the largest magnitude in the block, rounded up.
-      whole: the leaves that are not kept in codes.
+      whole: the moments of leaves that are not kept in codes, at least float32.
     """
 
     codes: Any
@@ -38,25 +38,25 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
     down at random, so that they are unbiased: rounded to nearest, a second moment with
     :math:`b_2 = 0.999` stalls.
 
-    Blocks lie along the second-to-last axis of a leaf (the only axis of a vector), where axes of
-    length 1 do not count; the last block may be partial. Where that axis is shorter than 12 they
-    lie along the longest axis: for a patch embedding (16, 16, 3, 768) the last, for convolutions
-    (512, 512, 3, 3) the first. Where all are shorter the leaf is one vector, in row-major order. So
-    every leaf keeps less than 1.2 bytes per parameter (`int4` 0.7), and a placeholder of at most a
-    64th of its elements.
+    Blocks lie along the second-to-last axis of a leaf (the only axis of a vector), not counting
+    axes of length 1; the last block may be partial. If that axis is shorter than 12, blocks lie
+    along the longest axis: for a patch embedding (16, 16, 3, 768) the last, for convolutions
+    (512, 512, 3, 3) the first. If all axes are shorter than 12, the leaf is taken as one vector, in
+    row-major order. So every leaf keeps less than 1.2 bytes per parameter (`int4` 0.7), and a
+    placeholder of at most a 64th of its elements.
 
-    On a mesh there is no communication if that axis is not sharded, or if the shard's length is a
-    multiple of `block`. Otherwise the codes stay sharded, the scales are replicated, and each step
-    gathers the maxima of pieces of 8 elements. A leaf that is one vector is gathered, unless only
-    its first axis is sharded.
+    On a mesh there is no communication if the axis of the blocks is not sharded, or if the shard's
+    length is a multiple of `block`. Otherwise the codes stay sharded, the scales are replicated,
+    and each step gathers the maxima of pieces of 8 elements. A leaf that is one vector is gathered,
+    unless only its first axis is sharded.
 
-    Leaves under 4,096 elements, and complex ones, stay in full. Rounding at random is noise: with
-    :math:`b_2 = 0.999` an 8-bit v makes updates about 5 % longer after 6,000 steps, in the same
-    direction (`examples/noise.py`). On a CPU the step takes about twice the time of one in float32
-    (`examples/memory.py`).
+    Leaves under 4,096 elements, and complex ones, are kept as they are computed. Rounding at random
+    is noise: with :math:`b_2 = 0.999` an 8-bit v makes updates about 5 % longer after 6,000 steps,
+    in the same direction (`examples/noise.py`). On a CPU the step takes about twice the time of one
+    in float32 (`examples/memory.py`).
 
-    A NaN affects its element only: that element of m stays NaN, as in float32. An infinite v makes
-    the updates of its block 0, as it makes those of its element 0 in float32.
+    A NaN affects its element only: that element of m stays NaN, as in float32. An infinite element
+    of v makes the updates of its whole block 0; in float32, that of its element only.
 
     Args:
       block: the number of elements that share a scale. Default 32: 1.06 bytes per parameter.
@@ -88,7 +88,7 @@ def int8(block: int = 32, seed: int = 0) -> Storage:
 def int4(block: int = 64, seed: int = 0) -> Storage:
     r"""Keep a moment in 4 bits per element and 16 bits per block.
 
-    Like `int8`, with fewer codes:
+    Like `int8`, whose help says which leaves and axes, with fewer codes:
 
     .. math:: m \approx s \operatorname{sign}(c) (c / 7)^2, \quad -7 \le c \le 7; \qquad
               v \approx s ((c + 1) / 16)^2, \quad 0 \le c \le 15

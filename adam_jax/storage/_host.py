@@ -18,27 +18,28 @@ def on_host(inner: StorageLike = None) -> Storage:
     So the state takes no memory of the device between two steps, and every step moves it there and
     back: with `int8` for both moments 4.25 bytes a parameter, and 6.3 on an H100, where the two
     kernels of a leaf each read its codes from the host. Compiled for an H100, with eight
-    leaves of 2048 × 2048, it is 8.0 bytes a parameter on the host in float32 and 2.12 in 8 bits,
-    written in place; during the step it needs 2.0 and 0.33 bytes of the device (`pytest
-    tests/test_accelerators.py -k on_the_host`). That is two leaves in float32 and one in 8 bits,
-    however many there are; of leaves of 4 MB XLA moves all at once in float32. So take 8 bits.
+    leaves of 2048 × 2048, both moments take 8.0 bytes a parameter of the host in float32 and 2.12
+    in 8 bits, written in place; during the step they take 2.0 and 0.33 bytes a parameter of the
+    device (`pytest tests/test_accelerators.py -k on_the_host`). That is two leaves in float32 and
+    one in 8 bits, however many leaves there are; but of float32 leaves of 4 MB XLA moves all at
+    once. So take 8 bits.
 
     Compile `init` and the step with shardings that tell where the state lies, as
-    `adam_jax.state_shardings` makes them. On a CPU a step computes what it does with `inner`; with
-    jax 0.7 it is not compiled for a mesh of CPUs. XLA for a TPU cannot lay out 8-bit arrays on the
-    host: take another dtype there. In the backward pass (`adam_jax.backward`) a layer at a time is
-    moved.
+    `adam_jax.state_shardings` makes them. On a CPU a step computes what it does with `inner`; jax
+    0.7 does not compile it for a mesh of CPUs. XLA for a TPU cannot lay out 8-bit arrays on the
+    host: take another dtype there. In the backward pass (`adam_jax.backward`) one layer is moved at
+    a time.
 
     Args:
-      inner: a storage, a dtype, or None, the default: as computed. What it leaves as it is, such as
-        small leaves, stays on the device.
+      inner: a storage or a dtype. None, the default: in the dtype of the parameter, at least
+        float32. Leaves that `inner` does not take, such as small ones, stay on the device.
 
     Returns:
-      A `Storage` for the moments that `inner` is for; it keeps what `inner` keeps, so a checkpoint
-      of one fits the other, restored to the memory that is asked for.
+      A `Storage` for the moments that `inner` is for. It keeps the same arrays as `inner`, so a
+      checkpoint of one can be restored to the memory of the other.
 
     Raises:
-      ValueError: if `inner` is neither a storage nor a floating-point dtype.
+      ValueError: if `inner` is neither a storage nor a floating-point or complex dtype.
 
     Example:
       >>> import adam_jax, jax, jax.numpy as jnp

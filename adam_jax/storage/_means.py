@@ -19,7 +19,7 @@ class Factors(NamedTuple):
     Attributes:
       rows: the means along the largest axis.
       columns: the means along the second largest axis.
-      whole: the leaves that are not kept as means.
+      whole: the moments of leaves that are not kept as means, at least float32.
     """
 
     rows: Any
@@ -35,15 +35,17 @@ def factored() -> Storage:
     where :math:`R` and :math:`C` are the means along the two largest axes. Saving is linear and
     ``save(load(x)) == x``, so what is kept is exactly Adafactor's estimate. The step itself uses
     the moment before it is saved, in which the squares of this step's gradient are not averaged.
-    To average those too, as Adafactor does, give a rule that averages (see `block_mean`).
+    To average those too, as Adafactor does, give `scale_by_moments` a rule that averages, as the
+    example of `block_mean` does.
 
-    A row with an infinite or NaN v, or with one so large that a sum could overflow, is stopped: v
-    is infinite there from then on, which makes updates 0. The means of the other rows stay as they
-    are. In float32 one element is lost so; a NaN gradient stays in m, of its element only. Inside
-    `jax.shard_map` the means are those of a shard.
+    A row in which an element of v is infinite, NaN, or so large that a sum could overflow is
+    stopped: all of its v is infinite from then on, and its updates are 0. The means of the other
+    rows stay as they are. (A float32 moment stops that element only.) A NaN gradient stays in m, at
+    its element only. Inside `jax.shard_map` the means are those of a shard.
 
     Returns:
-      A `Storage` for `nu_storage`; it keeps `Factors` of leaves with at least two axes.
+      A `Storage` for `nu_storage`; it keeps `Factors` of leaves of at least 4,096 elements with two
+      axes longer than 1, and the others as they are computed.
 
     Example:
       >>> import adam_jax, jax.numpy as jnp
@@ -93,7 +95,7 @@ def transformer_blocks(
     (features, heads, length), or one output of any other kernel.
 
     Args:
-      path: the path in the tree of parameters, like "layers/0/attention/query/kernel".
+      path: the path of a parameter in the tree, like "layers/0/attention/query/kernel".
       shape: the shape of the parameter.
       stacked: the number of leading axes that stack layers, as `nnx.scan`, `nnx.vmap` and Linen's
         `nn.scan` make them: each layer has its own blocks. Default 0. For a model of stacked layers
@@ -131,14 +133,15 @@ def block_mean(
 
     .. math:: v_{b,i} \approx \frac{1}{|b|} \sum_{j \in b} v_{b,j}
 
-    What is kept is exactly Adam-mini's moment. The step itself uses the moment before it is saved,
-    in which the squares of this step's gradient are not averaged. To average those too, as
-    Adam-mini does, give a rule that averages: the last lines of the example.
+    for the elements i and j of a block b. What is kept is exactly Adam-mini's moment. The step
+    itself uses the moment before it is saved, in which the squares of this step's gradient are not
+    averaged. To average those too, as Adam-mini does, give `scale_by_moments` a rule that averages:
+    the last lines of the example. Leaves under 4,096 elements are kept as they are computed.
 
     Args:
       blocks: a function from the path and the shape of a parameter to the shape of its blocks,
-        which must divide the parameter's, or to None for a parameter that is kept whole. Default
-        `transformer_blocks`.
+        which must have as many axes and divide the parameter's shape, or to None for a parameter
+        whose moment is kept as it is computed. Default `transformer_blocks`.
 
     Returns:
       A `Storage` for `nu_storage`; it keeps an array with one element per block.

@@ -26,7 +26,7 @@ class Leaf:
       path: the path in the tree of parameters, like "layers/0/kernel".
       shape: the shape of the parameter, and of the moment.
       dtype: the dtype the moment is computed in: at least float32, real for "nu".
-      index: the number of the leaf in the tree.
+      index: the number of the leaf in the tree, from 0.
       count: the number of steps taken so far, an int32 scalar.
       stored: in a step, what the state keeps of this moment; None in `init`. Inside `jax.shard_map`
         its shapes tell what the shape of a shard does not.
@@ -42,6 +42,7 @@ class Leaf:
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     def random_bits(self, seed: int, like: jax.Array) -> jax.Array:
@@ -57,10 +58,10 @@ def is_large(leaf: Leaf) -> bool:
     """Tell whether a leaf is real and has at least 4,096 elements, as most storages ask.
 
     Args:
-      leaf: the leaf.
+      leaf: a `Leaf`.
 
     Returns:
-      True or False: the default of `Storage.fits`.
+      True or False. This function is the default of `Storage.fits`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -75,15 +76,16 @@ def is_large(leaf: Leaf) -> bool:
 class Storage(NamedTuple):
     r"""A pair of functions that save and load the moments of a tree, leaf by leaf.
 
-    A moment starts as what `save` makes of its initial value. A storage that keeps several arrays
-    of a moment names them: `parts` is a NamedTuple of them, and last of `whole`, for the leaves
-    that do not fit. The state then holds one of it, of trees shaped like the parameters. Where a
-    leaf has no such part there is a placeholder: a few times False, with as many axes as the leaf.
+    Before the first step a state keeps what `save` makes of the initial value. A storage that keeps
+    several arrays of a moment names them: `parts` is a NamedTuple class with a field for each array
+    and a last field `whole` for the leaves that do not fit. The state then holds one such tuple,
+    whose fields are trees shaped like the parameters. Where a leaf has no such array there is a
+    placeholder: a few booleans, all False, with as many axes as the leaf.
 
     Attributes:
       save: `(moment, leaf) -> stored`: from an array of the leaf's shape and at least float32 to an
-        array, or to the `parts`, of shapes and dtypes that only the leaf decides. `leaf` is a
-        `Leaf`.
+        array, or to a tuple of class `parts`. Shapes and dtypes may depend on the leaf only, which
+        is a `Leaf`.
       load: `(stored, leaf) -> moment`: back to an array of the leaf's shape.
       fits: `(leaf) -> bool`: which leaves are kept this way; the others stay as they are computed.
         Default: the real ones of at least 4,096 elements.

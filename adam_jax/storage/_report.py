@@ -16,8 +16,8 @@ def report(storage: Any, params: Any, moment: str = "nu") -> str:
 
     Args:
       storage: what `mu_storage` and `nu_storage` take: a `Storage`, a dtype, or None.
-      params: a tree of parameters, or of their shapes.
-      moment: "mu" or "nu". Default "nu".
+      params: a tree of parameters, or of `jax.ShapeDtypeStruct`.
+      moment: which moment is kept, "mu" or "nu". Default "nu".
 
     Returns:
       A table in plain text, with a line for each leaf: its path, its shape, the arrays that are
