@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import PartitionSpec as P
-from support import assert_close, mesh_of, plain_step, refused
+from support import QUICK, assert_close, mesh_of, plain_step, refused, user_jit
 
 import adam_jax
 from adam_jax import backward, storage
@@ -85,7 +85,7 @@ def train_linen(tx, steps=60):
     model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(1)])
     state = TrainState.create(apply_fn=model.apply, params=model.init(jax.random.key(0), X), tx=tx)
 
-    @jax.jit
+    @user_jit
     def step(state):
         loss = lambda params: jnp.mean((state.apply_fn(params, X) - Y) ** 2)  # noqa: E731
         value, grads = jax.value_and_grad(loss)(state.params)
@@ -121,12 +121,15 @@ def train_equinox(tx, steps=60):
     [(train_nnx, "adam"), (train_linen, "adamw"), (train_equinox, "nadam"), (train_nnx, "nadam")],
 )
 def test_training_equals_optax(train, name):
-    """Losses that fall, and bit for bit optax's; nadam's nearly: the bias has only one element."""
+    """Losses that fall, and bit for bit optax's; nadam's nearly: the bias has only one element.
+
+    `nnx.jit` has no options for XLA: where conftest.py has it compile quickly, NNX's are near too.
+    """
     with jax.numpy_dtype_promotion("standard"):
         ours, our_params = train(getattr(adam_jax, name)(1e-2))
         theirs, their_params = train(getattr(optax, name)(1e-2))
     assert ours[-1] < ours[0] / 2
-    if name == "nadam":
+    if name == "nadam" or (QUICK and train is train_nnx):
         assert_close((ours, our_params), (theirs, their_params), "contracted")
     else:
         assert ours == theirs
