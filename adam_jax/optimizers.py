@@ -258,6 +258,7 @@ def adagrad(
     Source: Duchi et al., "Adaptive Subgradient Methods" (JMLR 12, 2011).
     """
     check_hyperparameter("initial_accumulator_value", initial_accumulator_value)
+    check_hyperparameter("eps", eps)
     check_bool("eps_in_sqrt", eps_in_sqrt)
     return optax.chain(
         scale_by_moments(
@@ -345,6 +346,7 @@ def rmsprop(
         )
     check_hyperparameter("decay", decay, upper=1, schedule=True)
     check_hyperparameter("initial_scale", initial_scale)
+    check_hyperparameter("eps", eps)
     check_bool("eps_in_sqrt", eps_in_sqrt)
     return optax.chain(
         scale_by_moments(
@@ -915,8 +917,8 @@ def adabelief(
         Default 0.999.
       eps: added to the root of the second moment, at least 0: a number or a 0-d array. Default
         1e-16.
-      eps_root: added to the stored second moment at every step: a number or a 0-d array. Default
-        1e-16.
+      eps_root: added to the stored second moment at every step, at least 0: a number or a 0-d
+        array. Default 1e-16.
       nesterov: whether to look one step ahead with the first moment. Default False.
       eps_hat: whether `eps` is added before the bias correction, by the convention of Keras, and
         not after it. Default False.
@@ -949,6 +951,7 @@ def adabelief(
 
     Source: Zhuang et al., "AdaBelief Optimizer" (arXiv 2010.07468), algorithm 2.
     """
+    check_hyperparameter("eps_root", eps_root)
     return optax.chain(
         scale_by_moments(
             b1,
@@ -989,7 +992,8 @@ def adamax(
         Default 0.9.
       b2: the decay rate of the maximum :math:`n`, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the magnitude of the gradient: a number or a 0-d array. Default 1e-8.
+      eps: added to the magnitude of the gradient, at least 0: a number or a 0-d array. Default
+        1e-8.
       nesterov: whether to look one step ahead with the first moment. Default False.
       mu_storage: how to keep the first moment between two steps: a storage, from `adam_jax.storage`
         or your own, or a dtype. None, the default: in the dtype of the parameter, at least float32.
@@ -1021,6 +1025,7 @@ def adamax(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
     """
+    check_hyperparameter("eps", eps)
     return optax.chain(
         scale_by_moments(
             b1,
@@ -1064,7 +1069,8 @@ def adamaxw(
         Default 0.9.
       b2: the decay rate of the maximum :math:`n`, in [0, 1): a number, a 0-d array or a schedule.
         Default 0.999.
-      eps: added to the magnitude of the gradient: a number or a 0-d array. Default 1e-8.
+      eps: added to the magnitude of the gradient, at least 0: a number or a 0-d array. Default
+        1e-8.
       weight_decay: the rate :math:`\lambda` of decoupled weight decay, at least 0: a number, a 0-d
         array or a schedule. It adds :math:`\lambda \theta` to the direction before the learning
         rate multiplies both, as PyTorch's AdamW does; `update` needs `params`. Default 1e-4.
@@ -1094,6 +1100,7 @@ def adamaxw(
 
     Source: Kingma and Ba, "Adam" (arXiv 1412.6980), algorithm 2.
     """
+    check_hyperparameter("eps", eps)
     return optax.chain(
         scale_by_moments(
             b1,

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import typing
 
 import chains
@@ -161,6 +162,16 @@ def test_errors_name_the_argument_of_the_member(build, names):
     """And not that of the stage which gets it."""
     with refused((ValueError, TypeError), names):
         build()
+
+
+@each_member
+@pytest.mark.parametrize("value", [-1.0, math.nan])
+def test_a_number_out_of_its_range_is_refused_by_its_name(name, value):
+    defaults = {k: p.default for k, p in inspect.signature(MEMBERS[name]).parameters.items()}
+    numbers = [k for k, v in defaults.items() if isinstance(v, float) or k == "weight_decay"]
+    for argument in ["learning_rate", *numbers]:
+        with refused(ValueError, argument):
+            MEMBERS[name](**{"learning_rate": 0.1, argument: value})
 
 
 @each_member
