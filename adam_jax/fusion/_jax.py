@@ -1,7 +1,7 @@
 """All of jax that is experimental or internal, in one file: what may change with any release.
 
     name                                        tried with      what changed
-    jax.extend.core: Primitive, Literal,        0.7.1 – 0.12
+    jax.extend.core: Primitive, Literal,        0.7.1 – 0.12    ClosedJaxpr is Jaxpr since 0.12
       ClosedJaxpr, Jaxpr, jaxpr_as_fun
     jax.extend.backend: get_default_device      0.7.1 – 0.12
     jax.interpreters: ad, batching, mlir        0.7.1 – 0.12
@@ -16,21 +16,29 @@ Pallas is imported when the first kernel is made: a part of it that is gone is n
 
 import importlib
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend.backend import get_default_device
-from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import (
+    ClosedJaxpr,  # pyright: ignore[reportPrivateImportUsage]
+    jaxpr_as_fun,
+)
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
-from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
 
 MOSAIC_GPU_SINCE = (0, 12)  # the first jax whose `mosaic_gpu.kernel` was tried
 MOSAIC_GPU_FOR = "9.0"  # the compute capability that its kernels were compiled for: Hopper
+
+
+def as_function(jaxpr: Jaxpr, constants: Sequence[Any]) -> Callable[..., list[Any]]:
+    """What the equations compute, with these values of their constants."""
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, constants))
 
 
 def pallas() -> Any:

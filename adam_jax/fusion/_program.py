@@ -20,7 +20,7 @@ import numpy as np
 
 from adam_jax._numerics import SMALL
 from adam_jax.fusion._graph import IDENTITIES, DisjointSets, Equation, Value, inlined
-from adam_jax.fusion._jax import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from adam_jax.fusion._jax import Jaxpr, as_function
 from adam_jax.fusion._kernel import Emitter, Kernel
 from adam_jax.fusion._tiles import Expansion, Reduction, wide_axes
 
@@ -181,8 +181,7 @@ class Program:
     def plain(self, *arguments: Any) -> list[Any]:
         """The results of the step, without kernels."""
         arity = len(self.jaxpr.invars)
-        closed = ClosedJaxpr(self.jaxpr, arguments[arity:])
-        return jaxpr_as_fun(closed)(*arguments[:arity])
+        return as_function(self.jaxpr, arguments[arity:])(*arguments[:arity])
 
     def run(
         self, emitter: Emitter, launch: Callable[..., Any], arguments: Sequence[Any]
